@@ -1,0 +1,24 @@
+"""The CTM block learns to think in the last layer of the tiny backbone: first imitation of its FFN, then the tick loss.
+
+    torchrun --nproc_per_node=2 train.py config/tiny_phase2.py
+    torchrun --nproc_per_node=2 train.py config/tiny_phase2.py --block=ffn --out_dir=out/tiny_ffn     # the control
+"""
+phase = 2
+base = "out/tiny_phase1/best"
+out_dir = "out/tiny_phase2"
+tokenizer = "weights"
+text = "data/tiny"
+text_share = 0.4
+B = 8                       # per process
+T = 256
+ticks = 8
+history = 8
+sync = 256
+nlm_hidden = 4
+unet_step = 128
+block_head_dim = 64
+max_steps = 2400
+imitation_steps = 300
+lr = 3e-3
+min_lr = 1e-4
+eval_interval = 200

@@ -1,0 +1,730 @@
+"""A Qwen3 whose last feed-forward layer is a Continuous Thought Machine.
+
+The last decoder layer computes  h = x + Attn(norm1(x)),  u = norm2(h)  and returns  h + CTM(u)  in place of
+h + FFN(u). The CTM block thinks K ticks about every token: a recurrent synapse network mixes all D neurons, private
+two-layer networks read each neuron's own recent past, and what is read out is not activity but *synchronisation*: how
+pairs of neurons have moved together over the ticks. Every tick makes its own prediction; the most certain one is read.
+
+Left out on purpose: training (train.py), what a session remembers and writes (memory.py), fused kernels. Nothing in
+the recurrence reads what the block puts out, so keys do not depend on `c_proj` or on a memory written beside it.
+
+Sources: Continuous Thought Machines (arXiv:2505.05522), Qwen3 (arXiv:2505.09388), rotary embeddings (arXiv:2104.09864).
+
+Letters: B batch, T tokens, D width = neurons, K ticks, M history, S sync channels, H heads, V vocabulary, N = B*T.
+"""
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+# -----------------------------------------------------------------------------
+# the backbone: Qwen3, keyed like the Hugging Face checkpoint
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Shape of a Qwen3, under the names of its `config.json`; the defaults are Qwen3-0.6B."""
+    vocab_size: int = 151936
+    hidden_size: int = 1024
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    max_position_embeddings: int = 40960
+
+    @classmethod
+    def from_json(cls, folder: Path) -> "BackboneConfig":
+        """Read a Hugging Face `config.json`; RoPE's base may stand at its top or inside `rope_parameters`."""
+        raw = json.loads((folder / "config.json").read_text())
+        if raw.get("model_type") != "qwen3" or not raw.get("tie_word_embeddings", False):
+            raise ValueError(f"{folder}: expected a qwen3 checkpoint with a tied head, found "
+                             f"model_type {raw.get('model_type')!r}, tie_word_embeddings {raw.get('tie_word_embeddings')}")
+        raw.setdefault("rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta", cls.rope_theta))
+        return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
+
+    def to_json(self) -> dict:
+        shape = {k: v for k, v in asdict(self).items() if k != "rope_theta"}
+        return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True, "hidden_act": "silu",
+                "attention_bias": False, "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta}, **shape}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; the statistics in fp32, the product in x's own dtype."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * rms(x.float(), self.eps).to(x.dtype)
+
+
+def rms(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x scaled to unit root mean square over its last axis."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """positions (B, T) -> cos, sin, each (B, 1, T, head_dim) fp32. Frequencies are built in fp32, never rounded."""
+    inverse = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = (positions[:, None, :, None].float() * inverse).repeat(1, 1, 1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, H, T, head_dim), the two halves of a head paired as in Qwen."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of one call stand: rotary angles and who may look at whom."""
+    cos: Tensor                 # (B, 1, T, head_dim)
+    sin: Tensor
+    allowed: Tensor | None      # (B, 1, T, T_all) bool, None: plain causal (no past) or everything (T = 1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Softmax attention of q (B, H, T, d) over k, v (B, H_kv, T_all, d) -> (B, T, H * d)."""
+        causal = self.allowed is None and q.shape[2] > 1
+        out = F.scaled_dot_product_attention(q, k, v, self.allowed, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
+        return out.transpose(1, 2).flatten(2)
+
+
+def heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, T, H * d) -> (B, T, H, d)"""
+    return x.unflatten(-1, (-1, head_dim))
+
+
+class Attention(nn.Module):
+    """Qwen3's grouped-query attention with an RMSNorm on every query and key head."""
+
+    def __init__(self, c: BackboneConfig):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, places: Places, past: "KV | None") -> tuple[Tensor, "KV"]:
+        q = self.q_norm(heads(self.q_proj(x), self.head_dim)).transpose(1, 2)
+        k = self.k_norm(heads(self.k_proj(x), self.head_dim)).transpose(1, 2)
+        v = heads(self.v_proj(x), self.head_dim).transpose(1, 2)
+        kv = KV(rotate(k, places.cos, places.sin), v).after(past)
+        return self.o_proj(places.attend(rotate(q, places.cos, places.sin), *kv)), kv
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, c: BackboneConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: BackboneConfig):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), FeedForward(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class Backbone(nn.Module):
+    """Qwen3 up to, but not including, the last layer's feed-forward half, which belongs to the graft's owner."""
+
+    def __init__(self, c: BackboneConfig):
+        super().__init__()
+        self.config = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def initialise(self) -> None:
+        """Weights for training from nothing; queries start equal to their keys, so heads begin by matching tokens.
+
+        Content matching is the slow step of in-context recall; starting from W_q = W_k shortens it (LOG.md).
+        Idea: mimetic initialisation (arXiv:2305.09828), adapted to QK-norm and grouped queries.
+        """
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                closing = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5 * (0.5 if closing else 1.0))
+        c = self.config
+        for layer in self.layers:
+            k = layer.self_attn.k_proj.weight.data.view(c.num_key_value_heads, 1, c.head_dim, c.hidden_size)
+            group = c.num_attention_heads // c.num_key_value_heads
+            layer.self_attn.q_proj.weight.data.copy_(k.expand(-1, group, -1, -1).reshape(-1, c.hidden_size))
+
+    def forward(self, tokens: Tensor, places: Places, cache: "Cache") -> tuple[Tensor, Tensor, list["KV"]]:
+        """tokens (B, T) -> h (B, T, D) after the last attention, u = norm2(h), and every layer's keys and values."""
+        x, kept = self.embed_tokens(tokens.clamp(min=0)), []
+        for i, layer in enumerate(self.layers):
+            out, kv = layer.self_attn(layer.input_layernorm(x), places, cache.layers[i] if cache.layers else None)
+            x = x + out
+            u = layer.post_attention_layernorm(x)
+            kept.append(kv)
+            if i < len(self.layers) - 1:
+                x = x + layer.mlp(u)
+        return x, u, kept
+
+
+# -----------------------------------------------------------------------------
+# what decoding keeps
+
+class KV(NamedTuple):
+    k: Tensor                   # (B, H, T_all, d), rotated
+    v: Tensor
+
+    def after(self, past: "KV | None") -> "KV":
+        return self if past is None else KV(torch.cat([past.k, self.k], 2), torch.cat([past.v, self.v], 2))
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of the backbone and of the block's own attention, and which past tokens were real."""
+    layers: list[KV] | None = None
+    block: KV | None = None
+    real: Tensor | None = None          # (B, T_past) bool; padding is False
+
+    def places(self, tokens: Tensor, head_dims: tuple[int, int], theta: float) -> tuple[Places, Places, Tensor]:
+        """Positions count real tokens per row. -> for the backbone, for the block, the mask with these tokens added."""
+        now = tokens >= 0
+        real = now if self.real is None else torch.cat([self.real, now], 1)
+        T, T_all = tokens.shape[1], real.shape[1]
+        positions = (real.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
+        allowed = None
+        if not bool(real.all()) or 1 < T < T_all:
+            before = torch.ones(T, T_all, dtype=torch.bool, device=tokens.device).tril(T_all - T)
+            itself = torch.eye(T, dtype=torch.bool, device=tokens.device)
+            allowed = before & real[:, None, :]
+            allowed[:, :, -T:] |= itself                            # a pad sees itself, or its softmax would be empty
+            allowed = allowed[:, None]
+        trunk, block = (Places(*rope_angles(positions, d, theta), allowed) for d in head_dims)
+        return trunk, block, real
+
+
+# -----------------------------------------------------------------------------
+# the CTM block
+
+@dataclass(frozen=True)
+class ThoughtConfig:
+    """Shape of the CTM block; the defaults are the graft of Qwen3-0.6B."""
+    ticks: int = 32             # K
+    history: int = 16           # M
+    sync: int = 512             # S
+    nlm_hidden: int = 32
+    unet_step: int = 128        # widths of the synapse network fall by this much per layer
+    bottleneck: int = 16
+    head_dim: int = 128
+
+
+class UNet(nn.Module):
+    """Synapses: 2D -> ... -> bottleneck -> ... -> D; every layer up also reads the layer down of its own width.
+
+    x (..., 2D) -> (..., D). SiLU throughout, LayerNorm after each layer up.
+    """
+
+    def __init__(self, width: int, c: ThoughtConfig):
+        super().__init__()
+        widths = [*range(2 * width, 0, -c.unet_step), c.bottleneck]
+        rising = [*widths[-2:0:-1], width]                          # mirrored, but the top layer returns to D
+        self.down = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        entering = [c.bottleneck] + [2 * w for w in rising[:-1]]    # from below, and across
+        self.up = nn.ModuleList(nn.Linear(a, b) for a, b in zip(entering, rising))
+        self.norms = nn.ModuleList(nn.LayerNorm(w) for w in rising)
+        for layer in [*self.down, *self.up]:                        # signal, not bias: the input must show through 2L layers
+            nn.init.normal_(layer.weight, std=1.7 * layer.in_features ** -0.5)                 # 1.7: what SiLU takes away
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        across = []
+        for layer in self.down:
+            x = F.silu(layer(x))
+            across.append(x)
+        across.pop()                                                # the bottleneck itself
+        for i, (layer, norm) in enumerate(zip(self.up, self.norms)):
+            x = norm(F.silu(layer(x if i == 0 else torch.cat([x, across.pop()], -1))))
+        return x
+
+
+class NeuronLevelModel(nn.Module):
+    """Private weights for every neuron: GLU(W2_d GLU(W1_d A_d)). A (D, N, M) -> (D, N)."""
+
+    def __init__(self, neurons: int, c: ThoughtConfig):
+        super().__init__()
+        h = c.nlm_hidden
+        self.w1 = nn.Parameter(private_uniform(neurons, c.history, 2 * h))
+        self.b1 = nn.Parameter(torch.zeros(neurons, 1, 2 * h))
+        self.w2 = nn.Parameter(private_uniform(neurons, h, 2))
+        self.b2 = nn.Parameter(torch.zeros(neurons, 1, 2))
+
+    def forward(self, trace: Tensor) -> Tensor:
+        hidden = F.glu(torch.baddbmm(self.b1.to(trace.dtype), trace, self.w1.to(trace.dtype)))
+        return F.glu(torch.baddbmm(self.b2.to(trace.dtype), hidden, self.w2.to(trace.dtype))).squeeze(-1)
+
+
+def private_uniform(neurons: int, fan_in: int, fan_out: int) -> Tensor:
+    """(D, in, out) uniform weights of variance 1 / in. The neuron axis is never a fan: it would make all neurons alike."""
+    return (torch.rand(neurons, fan_in, fan_out) * 2 - 1) * math.sqrt(3 / fan_in)
+
+
+class Sync(nn.Module):
+    """One synchronisation read-out: S pairs of neurons, each with its decay r, prior weight rho and carried mean m.
+
+        alpha_k = r alpha_{k-1} + z[left] z[right],  beta_k = r beta_{k-1} + 1,  y = (alpha + rho m) / sqrt(beta + rho)
+    """
+
+    def __init__(self, neurons: int, c: ThoughtConfig):
+        super().__init__()
+        for side in ("left", "right"):                              # whole permutations: every neuron takes part alike
+            turns = -(-c.sync // neurons)
+            self.register_buffer(side, torch.cat([torch.randperm(neurons) for _ in range(turns)])[:c.sync])
+        self.decay = nn.Parameter(torch.rand(c.sync) * 2)           # r from 1 down to 0.14
+        self.rho_raw = nn.Parameter(torch.full((c.sync,), -1.0))    # softplus(-1) = 0.31
+
+    def pair(self, z: Tensor) -> Tensor:
+        """z (..., D) -> products of the S pairs (..., S), fp32: bf16 sums stop growing at 256."""
+        return z.index_select(-1, self.left).float() * z.index_select(-1, self.right).float()
+
+    def r(self) -> Tensor:
+        return torch.exp(-self.decay.clamp(0, 15))
+
+    def read(self, alpha: Tensor, beta: Tensor, m: Tensor) -> Tensor:
+        rho = F.softplus(self.rho_raw)
+        return (alpha + rho * m) * torch.rsqrt(beta + rho)
+
+
+class TickState(NamedTuple):
+    """What lives within one token's thought. History is a tuple, so that ticks share what they remember."""
+    z: Tensor                           # (B, T, D) post-activations
+    trace: tuple[Tensor, ...]           # M pre-activations (B, T, D), oldest first
+    alpha_out: Tensor                   # (B, T, S) fp32
+    alpha_act: Tensor
+    beta_out: Tensor                    # (S,) fp32, the same for every token
+    beta_act: Tensor
+
+
+class CTMBlock(nn.Module):
+    """The thought about each token: K ticks over u (B, T, D) -> one synchronisation key per tick."""
+
+    def __init__(self, width: int, c: ThoughtConfig, eps: float):
+        super().__init__()
+        if width % c.head_dim:
+            raise ValueError(f"the block's head_dim {c.head_dim} must divide the width {width}: choose a divisor of {width}")
+        self.config, self.eps = c, eps
+        self.q_proj = nn.Linear(c.sync, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(c.head_dim, eps), RMSNorm(c.head_dim, eps)
+        self.synapse, self.nlm = UNet(width, c), NeuronLevelModel(width, c)
+        self.tick_embedding = nn.Parameter(torch.randn(c.ticks, width) * 0.02)
+        self.start_z = nn.Parameter(torch.randn(width) * 0.1)
+        self.start_trace = nn.Parameter(torch.randn(c.history, width) * 0.1)
+        self.sync_out, self.sync_act = Sync(width, c), Sync(width, c)
+        self.c_proj = nn.Linear(c.sync, width, bias=False)
+        nn.init.normal_(self.c_proj.weight, std=0.1 * c.sync ** -0.5)
+        self.register_buffer("baseline", torch.zeros(c.ticks, c.sync))      # what a blank slate would show, per tick
+        self.register_buffer("mean_surprise", torch.tensor(3.0))            # nats per token of training text
+        half_lives = torch.logspace(math.log2(16), math.log2(4096), c.sync, base=2).expand(2, -1)
+        self.log_half_life = nn.Parameter(half_lives.log())                 # of what a session carries, in tokens
+
+    def fresh_sync(self) -> Tensor:
+        """m of a fresh session: the start state's own pair products, (2, S): read-out, query."""
+        return torch.stack([self.sync_out.pair(self.start_z), self.sync_act.pair(self.start_z)])
+
+    def gamma(self) -> Tensor:
+        """Decay per token of the carried sums, (2, S)."""
+        return torch.exp2(-torch.exp(-self.log_half_life))
+
+    def keys_values(self, u: Tensor, places: Places, past: KV | None) -> KV:
+        k = self.k_norm(heads(self.k_proj(u), self.config.head_dim)).transpose(1, 2)
+        v = heads(self.v_proj(u), self.config.head_dim).transpose(1, 2)
+        return KV(rotate(k, places.cos, places.sin), v).after(past)
+
+    def start(self, u: Tensor) -> TickState:
+        B, T, D = u.shape
+        zero = torch.zeros(B, T, self.config.sync, device=u.device)
+        return TickState(self.start_z.to(u.dtype).expand(B, T, D), tuple(s.to(u.dtype).expand(B, T, D) for s in self.start_trace),
+                         zero, zero, zero[0, 0], zero[0, 0])
+
+    def tick(self, k: int, s: TickState, kv: KV, m: Tensor, places: Places) -> TickState:
+        """One tick of every token's thought: the only tick there is, for training, prefill and decoding alike."""
+        y_act = self.sync_act.read(s.alpha_act, s.beta_act, m[:, 1])                            # (B, T, S)
+        q = self.q_norm(heads(self.q_proj(y_act.to(s.z.dtype)), self.config.head_dim)).transpose(1, 2)
+        seen = places.attend(rotate(q, places.cos, places.sin), *kv)                            # (B, T, D)
+        mixed = torch.cat([seen, s.z + self.tick_embedding[k].to(s.z.dtype)], -1)
+        a = s.z + self.synapse(mixed)
+        trace = (*s.trace[1:], a)
+        z = self.nlm(torch.stack([t.flatten(0, 1).T for t in trace], -1)).T.unflatten(0, a.shape[:2])
+        return TickState(z, trace,
+                         self.sync_out.r() * s.alpha_out + self.sync_out.pair(z),
+                         self.sync_act.r() * s.alpha_act + self.sync_act.pair(z),
+                         self.sync_out.r() * s.beta_out + 1, self.sync_act.r() * s.beta_act + 1)
+
+    def raw_key(self, s: TickState, m: Tensor) -> Tensor:
+        """y_out (B, T, S), before the baseline is taken off."""
+        return self.sync_out.read(s.alpha_out, s.beta_out, m[:, 0])
+
+    def key(self, k: int, y_out: Tensor) -> Tensor:
+        """The key kappa_k = rms(y_out - baseline_k): (..., S) fp32 with unit root mean square."""
+        return rms(y_out - self.baseline[k], self.eps)
+
+
+# -----------------------------------------------------------------------------
+# the graft
+
+@dataclass
+class Thought:
+    """What the model made of (B, T) tokens. A model without the block thinks one tick, and has no keys.
+
+    hidden       (B, T, K', D)  what the head reads at each tick; K' < K when halting ended every thought early
+    tick_nats    (B, T, K')     cross-entropy of the next token at each tick; NaN where it is unknown or padding
+    certainty    (B, T, K')     1 - entropy / log V; -1 for ticks after the halt
+    read_tick    (B, T)         the most certain tick
+    key          (B, T, S)      kappa at the read tick, unit RMS; keys: at every tick (B, T, K', S)
+    delta_alpha, delta_beta     (B, T, 2, S) fp32 final sums of the token's thought: read-out, query
+    """
+    hidden: Tensor
+    tick_nats: Tensor
+    certainty: Tensor
+    read_tick: Tensor
+    keys: Tensor | None
+    delta_alpha: Tensor | None
+    delta_beta: Tensor | None
+    cache: Cache
+    model: "NanoCTM"
+
+    def at_read_tick(self, per_tick: Tensor) -> Tensor:
+        return at_tick(per_tick, self.read_tick)
+
+    @property
+    def key(self) -> Tensor:
+        return self.at_read_tick(self.keys)
+
+    @property
+    def nats(self) -> Tensor:
+        """True nats per token (B, T), of the tick that is read."""
+        return self.at_read_tick(self.tick_nats)
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, T, V) fp32 at the read tick; computed when asked for, since V is what costs memory."""
+        return self.model.head(self.at_read_tick(self.hidden)).float()
+
+
+def at_tick(per_tick: Tensor, tick: Tensor) -> Tensor:
+    """per_tick (B, T, K, ...), tick (B, T) -> (B, T, ...)"""
+    index = tick.view(*tick.shape, *[1] * (per_tick.dim() - 2)).expand(*tick.shape, 1, *per_tick.shape[3:])
+    return per_tick.gather(2, index).squeeze(2)
+
+
+class Ticks(NamedTuple):
+    """All ticks of a thought before anybody asks how good they are: what training needs."""
+    hidden: Tensor                      # (B, T, K', D)
+    keys: Tensor | None                 # (B, T, K', S)
+    y_out: Tensor | None                # (B, T, K', S) the keys before centring
+    delta_alpha: Tensor | None          # (B, T, K', 2, S) running sums
+    delta_beta: Tensor | None           # (K', 2, S)
+    cache: Cache
+
+
+class NanoCTM(nn.Module):
+    """A Qwen3 backbone and what stands in its last layer: "ctm", its own "ffn", or "none" (the layer deleted)."""
+
+    def __init__(self, backbone: BackboneConfig, thought: ThoughtConfig | None = None, block: str = "ctm"):
+        super().__init__()
+        if block not in ("ctm", "ffn", "none"):
+            raise ValueError(f"expected block 'ctm', 'ffn' or 'none', found {block!r}: choose one of the three")
+        self.backbone, self.block = Backbone(backbone), block
+        self.ctm = CTMBlock(backbone.hidden_size, thought or ThoughtConfig(), backbone.rms_norm_eps) if block == "ctm" else None
+        self.checkpoint_ticks = False
+
+    # -- the forward pass, in three steps: trunk, ticks, measure
+
+    def trunk(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor, Places, Cache]:
+        """tokens (B, T), padding < 0 -> h, u (B, T, D), the block's places, the cache with these tokens in it."""
+        cache, c = cache or Cache(), self.backbone.config
+        block_dim = self.ctm.config.head_dim if self.ctm else c.head_dim
+        here, places, real = cache.places(tokens, (c.head_dim, block_dim), c.rope_theta)
+        h, u, layers = self.backbone(tokens, here, cache)
+        return h, u, places, Cache(layers, cache.block, real)
+
+    def ticks(self, h: Tensor, u: Tensor, places: Places, cache: Cache, plastic: Tensor | None = None,
+              halt: float | None = None, m: Tensor | None = None) -> Ticks:
+        """Think about u. plastic: W_m (D, S). m (B, 2, S): what the session has synchronised; None: a fresh session.
+
+        With `halt`, stops when every token has passed it; which ticks count per token is `measure`'s affair.
+        """
+        if self.ctm is None:
+            out = self.backbone.layers[-1].mlp(u) if self.block == "ffn" else torch.zeros_like(u)
+            return Ticks((h + out)[:, :, None], None, None, None, None, cache)
+        ctm, B = self.ctm, len(u)
+        m = ctm.fresh_sync().expand(B, -1, -1) if m is None else m
+        m = m.transpose(0, 1).unsqueeze(2).transpose(0, 1)                                      # (B, 2, 1, S)
+        kv = ctm.keys_values(u, places, cache.block)
+        weight = ctm.c_proj.weight if plastic is None else ctm.c_proj.weight + plastic / math.sqrt(ctm.config.sync)
+        state, y_out, hidden, alphas, betas = ctm.start(u), [], [], [], []
+        running = torch.ones(u.shape[:2], dtype=torch.bool, device=u.device) & cache.real[:, -u.shape[1]:]
+        for k in range(ctm.config.ticks):
+            if self.checkpoint_ticks and torch.is_grad_enabled():
+                state = checkpoint(ctm.tick, k, state, kv, m, places, use_reentrant=False)
+            else:
+                state = ctm.tick(k, state, kv, m, places)
+            y_out.append(ctm.raw_key(state, m))
+            hidden.append(h + F.linear(ctm.key(k, y_out[-1]).to(h.dtype), weight.to(h.dtype)))
+            alphas.append(torch.stack([state.alpha_out, state.alpha_act], 2))
+            betas.append(torch.stack([state.beta_out, state.beta_act]))
+            if halt is not None:
+                running &= self.score(hidden[-1])[0] < halt
+                if not running.any():
+                    break
+        y_out = torch.stack(y_out, 2)
+        return Ticks(torch.stack(hidden, 2), rms(y_out - ctm.baseline[:y_out.shape[2]], ctm.eps), y_out, torch.stack(alphas, 2),
+                     torch.stack(betas), Cache(cache.layers, kv, cache.real))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> logits (..., V) through the final norm and the tied embedding."""
+        return F.linear(self.backbone.norm(hidden), self.backbone.embed_tokens.weight)
+
+    @torch.no_grad()
+    def score(self, hidden: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """hidden (..., D), targets (...) -> certainty and nats, both (...) fp32. In pieces: logits are never all there."""
+        flat, V = hidden.reshape(-1, hidden.shape[-1]), self.backbone.config.vocab_size
+        wanted = torch.zeros(len(flat), dtype=torch.long, device=flat.device) if targets is None else targets.reshape(-1)
+        certainty, nats = [], []
+        for piece, target in zip(flat.split(max(1, HEAD_ENTRIES // V)), wanted.split(max(1, HEAD_ENTRIES // V))):
+            log_p = self.head(piece).float().log_softmax(-1)
+            nats.append(-log_p.gather(1, target[:, None]).squeeze(1))
+            certainty.append(1 + (log_p.exp() * log_p).sum(-1) / math.log(V))
+        return torch.cat(certainty).view(hidden.shape[:-1]), torch.cat(nats).view(hidden.shape[:-1])
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None, plastic: Tensor | None = None, halt: float | None = None,
+                m: Tensor | None = None) -> Thought:
+        """Read (B, T) tokens (padding < 0), after those in `cache`, and think about each. See Thought and DESIGN §2.
+
+        plastic (D, S): a memory W_m written beside c_proj. halt in (0, 1): stop at the first tick at least that certain.
+        m (B, 2, S): session sync to start from. Everything is per row; tokens are int64.
+        """
+        h, u, places, cache = self.trunk(tokens, cache)
+        t = self.ticks(h, u, places, cache, plastic, halt, m)
+        K = t.hidden.shape[2]
+        unknown = torch.full_like(tokens[:, :1], -1)
+        targets = torch.cat([tokens[:, 1:], unknown], 1).masked_fill(tokens < 0, -1)[:, :, None].expand(-1, -1, K)
+        certainty, nats = self.score(t.hidden, targets.clamp(min=0))
+        last = torch.full_like(tokens, K - 1)
+        if halt is not None:
+            passed = certainty >= halt
+            last = torch.where(passed.any(-1), passed.int().argmax(-1), K - 1)
+            certainty = certainty.masked_fill(torch.arange(K, device=tokens.device) > last[..., None], -1.0)
+        final = None if t.delta_alpha is None else (at_tick(t.delta_alpha, last), t.delta_beta[last])
+        return Thought(t.hidden, nats.masked_fill(targets < 0, float("nan")), certainty, certainty.argmax(-1), t.keys,
+                       *(final or (None, None)), t.cache, self)
+
+    # -- learning signal
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """hidden (N, D), targets (N,) -> nats (N,) with gradient; logits are recomputed piece by piece backwards."""
+        def piece(h: Tensor, t: Tensor) -> Tensor:
+            return F.cross_entropy(self.head(h).float(), t, reduction="none")
+        n = max(1, HEAD_ENTRIES // self.backbone.config.vocab_size)
+        if len(hidden) <= n:
+            return piece(hidden, targets)
+        return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in zip(hidden.split(n), targets.split(n))])
+
+    def tick_loss(self, ticks: Ticks, targets: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """½ nats at the best tick + ½ nats at the most certain tick (CTM, eq. 12), weighted mean over weight > 0.
+
+        targets (B, T) int64, weight (B, T). Selection needs no gradient; it flows through the two chosen ticks.
+        Returns the loss and the true nats and mean tick of reading.
+        """
+        where = weight > 0
+        hidden, target, w = ticks.hidden[where], targets[where], weight[where]                  # (n, K, D), (n,), (n,)
+        n, K = hidden.shape[:2]
+        if K == 1:
+            loss = (self.cross_entropy(hidden[:, 0], target) * w).sum() / w.sum()
+            return loss, {"nats": loss.item(), "read_tick": 0.0}
+        certainty, nats = self.score(hidden, target[:, None].expand(n, K))
+        chosen = torch.cat([nats.argmin(-1), certainty.argmax(-1)])                             # (2n,)
+        rows = torch.arange(n, device=hidden.device).repeat(2)
+        both = self.cross_entropy(hidden[rows, chosen], target.repeat(2)).view(2, n)
+        loss = (both.mean(0) * w).sum() / w.sum()
+        return loss, {"nats": ((both[1] * w).sum() / w.sum()).item(), "read_tick": chosen[n:].float().mean().item()}
+
+
+HEAD_ENTRIES = 2**25                    # logits held at once: 128 MB in fp32
+
+
+# -----------------------------------------------------------------------------
+# generation
+
+class Spoken(NamedTuple):
+    """One generated token per row, with the tick it was read at and how certain the model was; -1 after a row's end."""
+    token: Tensor               # (B,)
+    tick: Tensor                # (B,)
+    certainty: Tensor           # (B,)
+
+
+@torch.no_grad()
+def generate(model: NanoCTM, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
+             stop: int | None = None, halt: float | None = None, plastic: Tensor | None = None,
+             generator: torch.Generator | None = None) -> Iterator[Spoken]:
+    """Continue each row of tokens (B, T), padded on the left with -1, and yield one Spoken per step.
+
+    Temperature 0 is greedy. Ends when every row has said `stop`. Raises ValueError when the context is too short.
+    """
+    room = model.backbone.config.max_position_embeddings
+    longest = int((tokens >= 0).sum(1).max())
+    if not longest or longest + max_new_tokens > room:
+        raise ValueError(f"expected a prompt of 1 to {room - max_new_tokens} tokens (context {room}, {max_new_tokens} to "
+                         f"generate), found {longest}: shorten the prompt or lower max_new_tokens")
+    cache, ended = None, torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    for _ in range(max_new_tokens):
+        thought = model(tokens, cache, plastic, halt)
+        tick = thought.read_tick[:, -1:]
+        logits = model.head(at_tick(thought.hidden[:, -1:], tick)).float()[:, 0]                # (B, V)
+        token = pick(logits, temperature, top_k, generator).masked_fill(ended, -1)
+        yield Spoken(token, tick[:, 0], at_tick(thought.certainty[:, -1:], tick)[:, 0])
+        ended = ended | (token == stop) if stop is not None else ended
+        if ended.all():
+            return
+        tokens, cache = token.masked_fill(ended, -1)[:, None], thought.cache
+
+
+def pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> Tensor:
+    """logits (B, V) -> token ids (B,)"""
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+
+def replies(model: NanoCTM, tokenizer, prompts: list[str], max_new_tokens: int = 24, **settings) -> list[str]:
+    """Greedy answers to many prompts at once, up to the end of the turn."""
+    ids = [tokenizer.encode(p) for p in prompts]
+    width, device = max(map(len, ids)), model.backbone.embed_tokens.weight.device
+    tokens = torch.tensor([[-1] * (width - len(i)) + i for i in ids], device=device)
+    steps = [s.token for s in generate(model, tokens, max_new_tokens, stop=tokenizer.im_end, **settings)]
+    return [tokenizer.decode([t for t in row if t >= 0 and t != tokenizer.im_end]) for row in torch.stack(steps, 1).tolist()]
+
+
+# -----------------------------------------------------------------------------
+# loading and saving
+
+def load_backbone(name: str, **settings) -> NanoCTM:
+    """A Hugging Face Qwen3 folder or hub name -> NanoCTM around it (settings as NanoCTM's; block "ffn" by default).
+
+    Weights keep the checkpoint's dtype. Raises ValueError with one line when it is missing, foreign or damaged.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _download(name)
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise ValueError(f"expected config.json and *.safetensors in {folder}, found neither or one: "
+                         f"run `python train.py config/tiny_phase1.py` first, or name a Qwen3 checkpoint")
+    model = NanoCTM(BackboneConfig.from_json(folder), **({"block": "ffn"} | settings))
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= _read_tensors(path)[0]
+    tensors = {k.removeprefix("model."): v for k, v in tensors.items() if k != "lm_head.weight"}
+    model.backbone.to(next(iter(tensors.values())).dtype)
+    _put(model.backbone, tensors, str(folder))
+    return model
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
+    except (OSError, HFValidationError, ValueError) as e:
+        raise ValueError(f"expected a Qwen3 folder or a reachable Hugging Face name, found {name!r} ({type(e).__name__}): "
+                         f"check the path or the network; for the tiny world run `python train.py config/tiny_phase1.py` first") from None
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """-> tensors by name, metadata. One line on a missing or damaged file."""
+    if not path.is_file():
+        raise ValueError(f"expected weights at {path}, found none: train them first (see README), or check the path")
+    try:
+        with safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+    except SafetensorError as e:
+        raise ValueError(f"{path}: expected a whole safetensors file, found a damaged one ({e}): download or train it again") from None
+
+
+def _put(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy tensors into a module and insist that names and shapes agree exactly."""
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [f"{k} {tuple(tensors[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & tensors.keys()
+              if own[k].shape != tensors[k].shape]
+    if missing or unexpected or shapes:
+        raise ValueError(f"{where}: expected the keys and shapes of this model, found missing {missing[:4]}, unexpected "
+                         f"{unexpected[:4]}, misshaped {shapes[:4]}: these weights belong to another model")
+    module.load_state_dict(tensors)
+
+
+def save_backbone(model: NanoCTM, folder: Path) -> None:
+    """Write a Hugging Face Qwen3 folder that `transformers` reads as well; the tied head is not written twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({f"model.{k}": v.contiguous() for k, v in model.backbone.state_dict().items()}, folder / "model.safetensors",
+              {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(model.backbone.config.to_json(), indent=1))
+
+
+def backbone_hash(model: NanoCTM) -> str:
+    """A short fingerprint of the frozen weights below the block, so that a graft finds its own base."""
+    import hashlib
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.backbone.state_dict().items()):
+        if not name.startswith(f"layers.{model.backbone.config.num_hidden_layers - 1}.mlp"):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def block_module(model: NanoCTM) -> nn.Module:
+    return model.ctm if model.block == "ctm" else model.backbone.layers[-1].mlp
+
+
+def save_graft(model: NanoCTM, path: Path, **notes: str) -> None:
+    """Write what stands in the last layer, alone, with its shape and its base's fingerprint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = asdict(model.ctm.config) if model.ctm else {}
+    about = {"block": model.block, "thought": json.dumps(shape), "backbone": backbone_hash(model), **notes}
+    save_file({k: v.contiguous() for k, v in block_module(model).state_dict().items()}, path, about)
+
+
+def load_graft(base: str, path: Path) -> NanoCTM:
+    """A backbone with a saved graft (or a saved FFN) in its last layer; ValueError when they do not belong together."""
+    tensors, about = _read_tensors(Path(path))
+    if not {"block", "thought", "backbone"} <= about.keys():
+        raise ValueError(f"{path}: expected a graft of this project, found other weights: "
+                         f"run `python train.py config/tiny_phase2.py` first")
+    thought = ThoughtConfig(**json.loads(about["thought"])) if about["block"] == "ctm" else None
+    model = load_backbone(base, thought=thought, block=about["block"])
+    if (found := backbone_hash(model)) != about["backbone"]:
+        raise ValueError(f"{path}: expected the base it was trained on ({about['backbone']}), found {found} in {base}: "
+                         f"use the backbone that belongs to it")
+    _put(block_module(model), tensors, str(path))
+    return model

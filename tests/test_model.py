@@ -1,0 +1,309 @@
+"""Invariants 1 to 5 of DESIGN section 7, on random non-unit weights and several shapes."""
+import dataclasses
+import math
+import random
+
+import pytest
+import torch
+
+from memory import SessionMemory, dopamine, read_session
+from model import (BackboneConfig, Cache, NanoCTM, Sync, ThoughtConfig, backbone_hash, generate, load_backbone, load_graft,
+                   rms, save_backbone, save_graft)
+
+SHAPES = {
+    "grouped queries": (BackboneConfig(97, 64, 96, 3, 4, 2, 16, 1e-6, 1e4, 256), ThoughtConfig(4, 3, 64, 3, 32, 16, 32)),
+    "fewer pairs than neurons": (BackboneConfig(61, 48, 64, 2, 3, 1, 8, 1e-5, 1e6, 256), ThoughtConfig(3, 2, 40, 2, 16, 8, 16)),
+    "more pairs than neurons": (BackboneConfig(53, 32, 80, 2, 2, 2, 24, 1e-6, 500.0, 256), ThoughtConfig(5, 4, 96, 4, 16, 4, 32)),
+}
+
+
+def randomised(shape: str, block: str = "ctm", seed: int = 0) -> NanoCTM:
+    """Every parameter and buffer away from its initial ones and zeros, so that a forgotten one shows."""
+    torch.manual_seed(seed)
+    model = NanoCTM(*SHAPES[shape], block=block)
+    for name, p in model.named_parameters():
+        if p.dim() < 2 and "half_life" not in name and "decay" not in name:
+            p.data += 0.3 * torch.randn_like(p)
+        elif "backbone" in name:
+            p.data = torch.randn_like(p) * (1.0 if "embed" in name else p.shape[1] ** -0.5)
+    if model.ctm:
+        model.ctm.baseline.normal_(0, 0.1)
+        model.ctm.c_proj.weight.data.normal_(0, model.ctm.config.sync ** -0.5)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(params=SHAPES)
+def model(request) -> NanoCTM:
+    return randomised(request.param)
+
+
+def some_tokens(model: NanoCTM, rows: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, model.backbone.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# -----------------------------------------------------------------------------
+# invariant 1: the backbone is Qwen3
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.0)])
+def test_backbone_equals_transformers_qwen3(shape, dtype, tolerance):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    model = randomised(shape, "ffn")
+    oracle = Qwen3ForCausalLM(Qwen3Config(**model.backbone.config.to_json(), attn_implementation="sdpa")).eval()
+    oracle.load_state_dict({f"model.{k}": v for k, v in model.backbone.state_dict().items()}
+                           | {"lm_head.weight": model.backbone.embed_tokens.weight})
+    inverse = oracle.model.rotary_emb.inv_freq.clone()
+    model, oracle = model.to(dtype), oracle.to(dtype)
+    oracle.model.rotary_emb.inv_freq = inverse                      # .to(bfloat16) rounds it; loading in bf16 does not
+    tokens = some_tokens(model, 2, 33)
+    with torch.no_grad():
+        theirs = oracle(tokens).logits.float()
+        mine = model.head(model.ticks(*model.trunk(tokens)).hidden[:, :, 0]).float()
+    assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_a_saved_backbone_is_read_by_transformers_and_by_us(tmp_path):
+    from transformers import AutoModelForCausalLM
+    model = randomised("grouped queries", "ffn")
+    save_backbone(model, tmp_path)
+    oracle, ours = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), load_backbone(str(tmp_path))
+    tokens = some_tokens(model, 1, 20)
+    with torch.no_grad():
+        assert torch.equal(ours(tokens).logits, model(tokens).logits)
+        assert (oracle(tokens).logits - model(tokens).logits).abs().max() < 1e-4
+
+
+def test_rope_theta_is_found_at_the_top_and_in_rope_parameters(tmp_path):
+    import json
+    raw = BackboneConfig(97, 64, 96, 3, 4, 2, 16, rope_theta=123.0).to_json()
+    for config in (raw, {k: v for k, v in raw.items() if k != "rope_parameters"} | {"rope_theta": 123.0}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert BackboneConfig.from_json(tmp_path).rope_theta == 123.0
+
+
+# -----------------------------------------------------------------------------
+# invariants 2 and 3: one model, whether it reads at once or token by token
+
+def same_thought(a, b, tolerance: float = 1e-4) -> None:
+    """Every tick's logits agree, and the read tick too unless certainties tie."""
+    assert (a.hidden - b.hidden).abs().max() < tolerance and (a.keys - b.keys).abs().max() < 10 * tolerance
+    assert (a.delta_alpha - b.delta_alpha).abs().max() < tolerance and torch.allclose(a.delta_beta, b.delta_beta)
+    for row in (a.read_tick != b.read_tick).nonzero().tolist():
+        top = a.certainty[tuple(row)].topk(2).values
+        assert top[0] - top[1] < 1e-5
+
+
+def joined(thoughts: list):
+    parts = {f.name: [getattr(t, f.name) for t in thoughts] for f in dataclasses.fields(thoughts[0])}
+    whole = {k: torch.cat(v, 1) for k, v in parts.items() if isinstance(v[0], torch.Tensor)}
+    return dataclasses.replace(thoughts[-1], **whole)
+
+
+def padded(tokens: torch.Tensor) -> torch.Tensor:
+    """Row 0 whole, row 1 padded on the left, row 2 with a hole in the middle."""
+    tokens = tokens.clone()
+    tokens[1, :5], tokens[2, 7:10] = -1, -1
+    return tokens
+
+
+@pytest.mark.parametrize("halt", [None, 0.3])
+def test_token_by_token_equals_one_parallel_pass_with_padding(model, halt):
+    tokens = padded(some_tokens(model, 3, 24))
+    whole = model(tokens, halt=halt)
+    cache, steps = None, []
+    for t in range(tokens.shape[1]):
+        steps.append(model(tokens[:, t:t + 1], cache, halt=halt))
+        cache = steps[-1].cache
+    if halt is None:
+        step = joined(steps)
+        real = tokens >= 0
+        assert ((model.head(step.hidden) - model.head(whole.hidden))[real]).abs().max() < 1e-4
+        same_thought(*[dataclasses.replace(x, **{k: getattr(x, k)[real][None] for k in
+                     ("hidden", "keys", "delta_alpha", "delta_beta", "certainty", "read_tick")}) for x in (step, whole)])
+    else:                                                           # decoding really stops: fewer ticks, the same answer
+        used = [s.hidden.shape[2] for s in steps]
+        assert min(used) < model.ctm.config.ticks or (whole.certainty[..., 0] < halt).all()
+        for t, s in enumerate(steps):
+            real = tokens[:, t] >= 0
+            assert torch.equal(s.read_tick[real, 0], whole.read_tick[real, t])
+            assert (s.logits[real, 0] - whole.logits[real, t]).abs().max() < 1e-4
+            assert (s.delta_alpha[real, 0] - whole.delta_alpha[real, t]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("split", [1, 9, 23])
+def test_a_prefill_split_anywhere_equals_one_prefill(model, split):
+    tokens = some_tokens(model, 2, 24)
+    first = model(tokens[:, :split])
+    same_thought(joined([first, model(tokens[:, split:], first.cache)]), model(tokens))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 8])
+def test_session_sums_of_decode_equal_those_of_chunked_prefill_with_padding(model, chunk):
+    tokens = padded(some_tokens(model, 3, 24))
+    tokens[2] = tokens[0]                                           # a hole would need its own calls; left padding does not
+    model.ctm.log_half_life.copy_(torch.rand_like(model.ctm.log_half_life) * 2 + 1)
+    following = torch.cat([tokens[:, 1:], torch.full((3, 1), -1)], 1)
+
+    def live(step: int) -> SessionMemory:
+        session, cache, at = SessionMemory(model, 3, chunk), None, 0
+        while at < 24:
+            n = min(step, session.room(), 24 - at)
+            thought = model(tokens[:, at:at + n], cache, m=session.m)
+            session.observe(thought, following[:, at:at + n])
+            cache, at = thought.cache, at + n
+        return session
+
+    one, many = live(1), live(chunk)
+    for name in ("alpha", "beta", "m"):
+        assert (getattr(one, name) - getattr(many, name)).abs().max() < 1e-4, name
+    assert not torch.allclose(one.m, SessionMemory(model, 3, chunk).m)
+
+
+def test_carried_sums_equal_the_formula_of_a_closed_chunk():
+    model = randomised("grouped queries")
+    tokens = some_tokens(model, 2, 8)
+    session, thought = SessionMemory(model, 2, 8), model(tokens)
+    session.observe(thought, torch.cat([tokens[:, 1:], torch.full((2, 1), -1)], 1))
+    weight = dopamine(thought.nats.nan_to_num(), model.ctm.mean_surprise)
+    weight[:, -1] = 0                                               # nobody knows what followed the last token
+    decay = model.ctm.gamma() ** torch.arange(7, -1, -1)[:, None, None]                        # gamma^(n-1-j)
+    expected = [(decay * weight[:, :, None, None] * d).sum(1) for d in (thought.delta_alpha, thought.delta_beta)]
+    assert torch.allclose(session.alpha, expected[0], atol=1e-5) and torch.allclose(session.beta, expected[1], atol=1e-5)
+    assert torch.allclose(session.m, expected[0] / expected[1], atol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# invariants 4 and 5
+
+@pytest.mark.parametrize("changed", [0, 11, 23])
+def test_changing_a_token_changes_nothing_before_it_in_any_tick(model, changed):
+    tokens = some_tokens(model, 1, 24)
+    other = tokens.clone()
+    other[0, changed] = (other[0, changed] + 1) % model.backbone.config.vocab_size
+    a, b = model(tokens), model(other)
+    assert torch.equal(a.hidden[:, :changed], b.hidden[:, :changed]) and torch.equal(a.keys[:, :changed], b.keys[:, :changed])
+    assert (a.hidden[:, changed] - b.hidden[:, changed]).abs().min() > 0
+
+
+def test_recurrent_sync_equals_the_direct_weighted_sum():
+    torch.manual_seed(0)
+    sync, K = Sync(20, ThoughtConfig(sync=50)), 32
+    z, alpha, beta = torch.randn(K, 3, 20), 0, 0
+    for k in range(K):
+        alpha, beta = sync.r() * alpha + sync.pair(z[k]), sync.r() * beta + 1
+    weight = torch.exp(-sync.decay.clamp(0, 15) * torch.arange(K - 1, -1, -1)[:, None])        # (K, S)
+    direct = (weight[:, None] * z[:, :, sync.left] * z[:, :, sync.right]).sum(0)
+    assert torch.allclose(alpha, direct, atol=1e-5) and torch.allclose(beta, weight.sum(0), atol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# the block itself
+
+def test_keys_of_two_random_inputs_differ_at_initialisation():
+    torch.manual_seed(0)
+    model = NanoCTM(*SHAPES["grouped queries"])
+    y = model.ticks(*model.trunk(some_tokens(model, 1, 64))).y_out[0, :, -1]
+    cosine = torch.nn.functional.cosine_similarity(y[:32], y[32:], dim=-1)
+    assert cosine.mean() < 0.5
+
+
+def test_keys_do_not_depend_on_what_is_read_out(model):
+    tokens = some_tokens(model, 2, 12)
+    W = torch.randn(model.ctm.c_proj.weight.shape)
+    a, b = model(tokens), model(tokens, plastic=W)
+    assert torch.equal(a.keys, b.keys) and not torch.allclose(a.hidden, b.hidden)
+    model.ctm.c_proj.weight.data += W / math.sqrt(model.ctm.config.sync)                       # folding costs nothing to read
+    assert torch.allclose(model(tokens).hidden, b.hidden, atol=1e-5)
+
+
+def test_keys_have_unit_root_mean_square(model):
+    keys = model(some_tokens(model, 1, 12)).keys
+    assert torch.allclose(keys.pow(2).mean(-1), torch.ones(keys.shape[:-1]), atol=1e-2)
+
+
+def test_qwen_unet_has_the_widths_and_the_size_of_the_design():
+    with torch.device("meta"):
+        model = NanoCTM(BackboneConfig())
+    widths = [layer.out_features for layer in model.ctm.synapse.down]
+    assert widths == [*range(1920, 0, -128), 16] and [l.out_features for l in model.ctm.synapse.up][-1] == 1024
+    assert 62e6 < sum(p.numel() for p in model.ctm.parameters()) < 72e6
+    assert 590e6 < sum(p.numel() for p in model.backbone.parameters()) < 600e6
+
+
+def test_checkpointed_ticks_give_the_same_gradients():
+    grads = []
+    for keep in (False, True):
+        model = randomised("grouped queries").requires_grad_(True)
+        model.checkpoint_ticks = keep
+        tokens = some_tokens(model, 2, 10)
+        loss, _ = model.tick_loss(model.ticks(*model.trunk(tokens)), tokens.roll(-1, 1), torch.ones(2, 10))
+        loss.backward()
+        grads.append({n: p.grad for n, p in model.ctm.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and all(torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
+
+
+def test_tick_loss_is_the_mean_of_the_best_and_the_most_certain_tick():
+    model = randomised("more pairs than neurons")
+    tokens = some_tokens(model, 2, 16)
+    thought = model(tokens)
+    weight = torch.ones(2, 16)
+    weight[:, -1] = 0
+    loss, report = model.tick_loss(model.ticks(*model.trunk(tokens)), tokens.roll(-1, 1), weight)
+    expected = (thought.tick_nats.min(-1).values + thought.nats)[:, :-1].mean() / 2
+    assert torch.allclose(loss, expected, atol=1e-5) and report["nats"] == pytest.approx(thought.nats[:, :-1].mean().item(), abs=1e-5)
+
+
+def test_memory_of_logits_is_bounded_and_the_pieces_agree(monkeypatch):
+    import model as module
+    model = randomised("grouped queries")
+    tokens = some_tokens(model, 2, 30)
+    whole = model(tokens)
+    monkeypatch.setattr(module, "HEAD_ENTRIES", 97 * 7)
+    pieces = model(tokens)
+    assert torch.allclose(whole.tick_nats, pieces.tick_nats, atol=1e-5, equal_nan=True)
+    assert torch.allclose(whole.certainty, pieces.certainty, atol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# generation, files
+
+def test_temperature_zero_is_greedy_and_batches_do_not_disturb_each_other(model):
+    a, b = some_tokens(model, 1, 12), some_tokens(model, 1, 7, seed=2)
+    both = torch.cat([a, torch.cat([torch.full((1, 5), -1), b], 1)])
+    said = torch.stack([s.token for s in generate(model, both, 6)], 1)
+    for row, prompt in zip(said, (a, b)):
+        for token in row.tolist():
+            assert token == model(prompt).logits[0, -1].argmax()
+            prompt = torch.cat([prompt, torch.tensor([[token]])], 1)
+
+
+def test_generation_refuses_a_prompt_longer_than_the_context(model):
+    with pytest.raises(ValueError, match="shorten the prompt"):
+        next(generate(model, some_tokens(model, 1, 250), 10))
+
+
+@pytest.mark.parametrize("block", ["ctm", "ffn"])
+def test_a_graft_is_saved_alone_and_finds_its_base(tmp_path, block):
+    model = randomised("grouped queries", block)
+    save_backbone(model, tmp_path / "base")
+    save_graft(model, tmp_path / "graft.safetensors")
+    back = load_graft(str(tmp_path / "base"), tmp_path / "graft.safetensors")
+    tokens = some_tokens(model, 2, 12)
+    assert torch.equal(back(tokens).hidden, model(tokens).hidden)
+    save_backbone(randomised("grouped queries", "ffn", seed=5), tmp_path / "other")
+    with pytest.raises(ValueError, match="expected the base it was trained on"):
+        load_graft(str(tmp_path / "other"), tmp_path / "graft.safetensors")
+
+
+def test_damaged_missing_and_foreign_weights_are_named_in_one_line(tmp_path):
+    model = randomised("grouped queries")
+    save_backbone(model, tmp_path / "base")
+    whole = (tmp_path / "base" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="expected a graft of this project"):
+        load_graft(str(tmp_path / "base"), tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="expected a whole safetensors file"):
+        load_backbone(str(tmp_path / "base"))
+    with pytest.raises(ValueError, match="run `python train.py config/tiny_phase1.py` first"):
+        (tmp_path / "empty").mkdir()
+        load_backbone(str(tmp_path / "empty"))

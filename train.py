@@ -1,0 +1,369 @@
+"""Train nanoCTM: one loop for every phase.
+
+    python train.py config/tiny_phase1.py                  # the small backbone learns language, from nothing
+    python train.py config/tiny_phase2.py                  # the CTM block learns to think in its last layer
+    python train.py config/phase2.py --dry_run=True        # what a run will need, without any weights
+    torchrun --nproc_per_node=2 train.py config/...        # data-parallel; on CPUs one thread per process is fastest
+
+Phase 1: cross-entropy. Phase 2: the block first imitates the FFN that it replaces (regression on its output, no head
+needed), then learns by the tick loss. Both read the same mixture of text and fact sessions. A run resumes exactly:
+batches are a function of (seed, step), so the step is the data position. Checkpoints: out_dir/last and out_dir/best.
+Left out on purpose: anything that changes K or the architecture in the middle of a run.
+"""
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+import configurator
+import data
+from memory import read_session
+from model import (BackboneConfig, NanoCTM, ThoughtConfig, block_module, load_backbone, load_graft, replies, save_backbone,
+                   save_graft)
+
+# -----------------------------------------------------------------------------
+# settings, overridden by a config file and the command line
+
+phase = 1                   # 1 language, 2 thinking
+out_dir = "out/tiny_phase1" # checkpoints and log.jsonl
+base = ""                   # phase 2: the backbone, a Qwen3 folder or a Hugging Face name
+block = "ctm"               # phase 2: what learns in the last layer: "ctm", or "ffn" (the control: its own FFN, further)
+resume = False              # go on from out_dir/last
+seed = 1
+# data
+tokenizer = "weights"       # a folder with ranks.json, or a Hugging Face name
+text = "data/tiny"          # a folder made by data.py
+text_share = 0.25           # rows of text among rows of fact sessions
+told_share = 0.15           # what is learned of a session besides its answers
+B = 16                      # rows per micro-batch and process
+T = 256                     # tokens per row
+accumulation = 1            # micro-batches per step
+# backbone, phase 1 only
+vocab_size = 2048
+hidden_size = 128           # D
+intermediate_size = 256
+num_hidden_layers = 3
+num_attention_heads = 4
+num_key_value_heads = 2
+head_dim = 32
+rope_theta = 10000.0
+max_position_embeddings = 512
+# block
+ticks = 8                   # K
+history = 8                 # M
+sync = 256                  # S
+nlm_hidden = 4
+unet_step = 128
+block_head_dim = 64
+# optimisation: AdamW, linear warm-up, cosine to min_lr
+max_steps = 1000
+imitation_steps = 0         # phase 2: steps of regression on the FFN before the tick loss
+lr = 3e-3
+min_lr = 1e-4
+warmup_steps = 100
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+clip = 1.0                  # norm of the gradient at most
+inherited_share = 0.3       # phase 2: steps that start from an earlier session's sync
+baseline_rate = 0.01        # of the running mean of y_out
+# machine
+device = ""                 # "" picks cuda when there is one
+compile = False             # torch.compile one tick
+checkpoint_ticks = False    # recompute ticks backwards instead of keeping them
+dry_run = False             # print parameters, FLOPs and memory, then stop
+stop_at = 0                 # end early at this step, the schedule unchanged; 0: run to max_steps
+# reporting
+log_interval = 20
+eval_interval = 200
+eval_rows = 32              # held-out rows of text per evaluation
+eval_questions = 32         # held-out questions per evaluation
+
+
+# -----------------------------------------------------------------------------
+# one process among several
+
+def start_processes() -> tuple[int, int]:
+    """-> rank, world size; one process when torchrun did not start us."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def average_gradients(parameters: list[torch.Tensor], world: int) -> None:
+    """One all-reduce over all gradients, so that every process takes the same step."""
+    if world > 1:
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(g.view_as(p) / world)
+
+
+# -----------------------------------------------------------------------------
+# what is trained
+
+def build_model() -> NanoCTM:
+    """The model of this phase with only its learning part requiring gradients. ValueError in one line."""
+    if phase == 1:
+        shape = {k: globals()[k] for k in BackboneConfig.__dataclass_fields__ if k in globals()}
+        model = NanoCTM(BackboneConfig(**shape), block="ffn")
+        model.backbone.initialise()
+        return model
+    if not base:
+        raise ValueError("phase 2 expected base, found none: run `python train.py config/tiny_phase1.py` first, then set "
+                         "--base=out/tiny_phase1/best, or --base=Qwen/Qwen3-0.6B")
+    model = load_backbone(base, thought=thought_config(), block=block)
+    model.requires_grad_(False)
+    block_module(model).float().requires_grad_(True)
+    return model
+
+
+def thought_config() -> ThoughtConfig:
+    return ThoughtConfig(ticks, history, sync, nlm_hidden, unet_step, head_dim=block_head_dim)
+
+
+def build_optimizer(parameters: list[torch.Tensor]) -> torch.optim.AdamW:
+    """AdamW; decay only where a matrix multiplies (private neuron weights included)."""
+    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(beta1, beta2))
+
+
+def learning_rate(step: int) -> float:
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1)))
+
+
+# -----------------------------------------------------------------------------
+# losses
+
+def step_loss(model: NanoCTM, batch: tuple, step: int) -> tuple[torch.Tensor, dict]:
+    """Loss of one micro-batch, and a report: true nats of the tick read, its mean index, the block's mean y_out."""
+    tokens, weight, before = batch
+    h, u, places, cache = model.trunk(tokens)
+    imitating = model.block == "ctm" and step < imitation_steps
+    m = inherited_sync(model, before) if model.ctm and not imitating and inherits(step) else None
+    ticks = model.ticks(h, u, places, cache, m=m)
+    if imitating:
+        loss, report = imitation_loss(model, ticks, h, u, tokens >= 0), {}
+    else:
+        following = torch.cat([tokens[:, 1:], tokens[:, :1]], 1).clamp(min=0)
+        loss, report = model.tick_loss(ticks, following, weight)
+    if model.ctm:
+        report["y_out"] = ticks.y_out[tokens >= 0].detach().mean(0)
+    return loss, report
+
+
+def imitation_loss(model: NanoCTM, ticks, h: torch.Tensor, u: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Squared distance of every tick's output to the FFN's, relative to the power of the FFN's; 1 is saying nothing."""
+    with torch.no_grad():
+        wanted = model.backbone.layers[-1].mlp(u)[real].float()
+    said = (ticks.hidden - h[:, :, None])[real].float()             # (n, K, D)
+    return (said - wanted[:, None]).pow(2).mean() / wanted.pow(2).mean()
+
+
+def inherits(step: int) -> bool:
+    """Whether this step starts from an earlier session's sync: a fixed, even share of the steps."""
+    return int((step + 1) * inherited_share) > int(step * inherited_share)
+
+
+def inherited_sync(model: NanoCTM, before: torch.Tensor) -> torch.Tensor:
+    """m (B, 2, S) after reading the end of what came before. No gradient here: phase 3 trains the carry."""
+    with torch.no_grad():
+        return read_session(model, before[:, -64:]).m
+
+
+@torch.no_grad()
+def apply_baseline(model: NanoCTM, report: dict, step: int, world: int) -> None:
+    """Move the running means, after the optimizer's step only: y_out per tick, and the surprise of a token."""
+    seen = torch.cat([report["y_out"].flatten(), torch.tensor([report.get("nats", float(model.ctm.mean_surprise))])])
+    if world > 1:
+        dist.all_reduce(seen)
+        seen = seen / world
+    rate = max(baseline_rate, 1 / (step + 1))
+    model.ctm.baseline.lerp_(seen[:-1].view_as(model.ctm.baseline), rate)
+    model.ctm.mean_surprise.lerp_(seen[-1], rate)
+
+
+# -----------------------------------------------------------------------------
+# evaluation
+
+@torch.no_grad()
+def evaluate(model: NanoCTM, mixture: data.Mixture, device: str) -> dict[str, float]:
+    """Held-out text nats at the tick read, and in-context recall of held-out people by free generation."""
+    size, start = mixture.T, range(0, len(mixture.text) - mixture.T, max(mixture.T, len(mixture.text) // eval_rows))
+    rows = torch.stack([torch.from_numpy(mixture.text[i:i + size].astype("int64")) for i in list(start)[:eval_rows]])
+    nats = torch.cat([model(r.to(device)).nats[:, :-1].flatten() for r in rows.split(B)]).mean().item()
+    found = {"val": nats}
+    for n in (2, 8):
+        prompts, facts = data.context_questions(data.FactWorld(1000 + n, "held_out"), n, eval_questions)
+        said = replies(model, mixture.tokenizer, prompts)
+        found[f"recall_{n}"] = sum(map(data.is_recalled, said, facts)) / len(facts)
+    return found
+
+
+# -----------------------------------------------------------------------------
+# checkpoints: model files that anybody can load, and the optimizer beside them
+
+def save(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, state: dict) -> None:
+    """Write a complete checkpoint into a neighbour folder, then swap it in: a crash leaves the old or the new one."""
+    fresh = folder.with_suffix(".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    if phase == 1:
+        save_backbone(model, fresh)
+    else:
+        save_graft(model, fresh / "graft.safetensors", phase=str(phase), seed=str(seed), step=str(state["step"]))
+    moments = {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+    save_file(moments, fresh / "optimizer.safetensors")
+    (fresh / "state.json").write_text(json.dumps(state, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, config: dict) -> dict:
+    """Load weights, moments and position from a checkpoint of the same run. ValueError in one line otherwise."""
+    if not (folder / "state.json").exists():
+        raise ValueError(f"--resume expected a checkpoint in {folder}, found none: start without --resume first")
+    state = json.loads((folder / "state.json").read_text())
+    free = {"resume", "max_steps", "device", "out_dir", "compile", "checkpoint_ticks", "log_interval", "eval_interval"}
+    changed = [k for k, v in config.items() if k not in free and state["config"].get(k) != v]
+    if changed:
+        raise ValueError(f"--resume expected the settings of {folder}, found {changed[0]}={config[changed[0]]!r} instead of "
+                         f"{state['config'].get(changed[0])!r}: resume with the same config")
+    saved = load_backbone(str(folder)) if phase == 1 else load_graft(base, folder / "graft.safetensors")
+    model.load_state_dict(saved.state_dict())
+    moments, own = load_file(folder / "optimizer.safetensors"), optimizer.state_dict()
+    for name, value in moments.items():
+        i, _, key = name.partition(".")
+        own["state"].setdefault(int(i), {})[key] = value
+    optimizer.load_state_dict(own)
+    return state
+
+
+# -----------------------------------------------------------------------------
+# the run
+
+def header(config: dict, world: int) -> dict:
+    """What somebody needs to run this again."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    return {"commit": commit, "hardware": hardware, "processes": world, "python": platform.python_version(),
+            "torch": torch.__version__, "config": config}
+
+
+def main() -> None:
+    config = configurator.configure(globals())
+    if dry_run:
+        return report_needs()
+    rank, world = start_processes()
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if where == "cpu":
+        torch.set_num_threads(1)                                    # more only pay on far larger models than the tiny one
+    torch.manual_seed(seed)                                         # the same weights in every process
+    words = data.Tokenizer(tokenizer)
+    train_text, val_text, about = data.open_tokens(Path(text), words.n_vocab)
+    mixture, held_out = (data.Mixture(words, t, T, text_share, told_share, seed, split)
+                         for t, split in ((train_text, "train"), (val_text, "held_out")))
+    model = build_model().to(where)
+    if words.n_vocab > model.backbone.config.vocab_size:
+        raise ValueError(f"expected a tokenizer of at most {model.backbone.config.vocab_size} words, found {words.n_vocab}: "
+                         f"use the tokenizer that belongs to {base or 'vocab_size'}")
+    model.checkpoint_ticks = checkpoint_ticks
+    if compile and model.ctm:
+        model.ctm.tick = torch.compile(model.ctm.tick)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = build_optimizer(learning)
+    folder, state = Path(out_dir), {"step": 0, "best": float("inf"), "config": config}
+    if resume:
+        state = restore(model, optimizer, folder / "last", config) | {"config": config}
+    log = Log(folder / "log.jsonl", rank, resume)
+    log.record({"run": header(config, world) | {"text_sha256": about["text_sha256"]}})
+    log.say(f"phase {phase}: {sum(p.numel() for p in learning):,} parameters learn, "
+            f"{sum(p.numel() for p in model.parameters() if not p.requires_grad):,} are frozen")
+    autocast = torch.autocast(where, torch.bfloat16, enabled=where == "cuda")
+    last_step = min(stop_at or max_steps, max_steps)
+
+    clock, seconds, tokens_read = time.time(), 0.0, 0
+    for step in range(state["step"], last_step):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        total = 0.0
+        for micro in range(accumulation):
+            batch = mixture.batch(B, step, micro, rank)
+            tokens_read += int((batch[0] >= 0).sum()) * world
+            with autocast:
+                loss, report = step_loss(model, tuple(torch.from_numpy(x).to(where) for x in batch), step)
+            (loss / accumulation).backward()
+            total += loss.item() / accumulation
+        average_gradients(learning, world)
+        norm = torch.nn.utils.clip_grad_norm_(learning, clip)
+        if not torch.isfinite(norm):
+            raise ValueError(f"expected a finite loss, found {total} with gradient norm {norm} at step {step}: {folder / 'last'} "
+                             f"is the last good checkpoint; lower lr or clip and resume from there")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if model.ctm:
+            apply_baseline(model, report, step, world)
+
+        done = step + 1
+        val = evaluate(model, held_out, where) if done % eval_interval == 0 or done == last_step else {}
+        if val and rank == 0:
+            state |= {"step": done}
+            score = val["val"] + 1 - val["recall_8"]              # text and recall both count
+            if score < state["best"]:
+                state["best"] = score
+                save(model, optimizer, folder / "best", state)
+            save(model, optimizer, folder / "last", state)
+        if val or done % log_interval == 0:
+            seconds, clock = time.time() - clock, time.time()
+            log.step(done, max_steps, {"loss": total, "nats": report.get("nats"), "lr": learning_rate(step), "norm": norm.item(),
+                                       "tick": report.get("read_tick"), **val}, seconds / log_interval, tokens_read / seconds)
+            tokens_read = 0
+    if world > 1:
+        dist.destroy_process_group()
+
+
+class Log:
+    """One line per interval for people, the same record to log.jsonl; only the first process writes."""
+
+    def __init__(self, path: Path, rank: int, append: bool):
+        self.file = None
+        if rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "a" if append else "w")
+
+    def say(self, line: str) -> None:
+        if self.file:
+            print(line, flush=True)
+
+    def record(self, entry: dict) -> None:
+        if self.file:
+            print(json.dumps(entry), file=self.file, flush=True)
+
+    def step(self, step: int, steps: int, values: dict, seconds: float, speed: float) -> None:
+        said = {k: v for k, v in values.items() if v is not None and v == v}
+        shown = " | ".join(f"{k} {v:.1e}" if k == "lr" else f"{k} {v:.4f}" for k, v in said.items())
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.say(f"step {step:05d}/{steps:05d} | {shown} | {seconds * 1e3:.0f} ms | {speed:,.0f} tok/s | mem {peak / 2**30:.1f} GiB")
+        self.record({"step": step, **said, "ms": seconds * 1e3, "tokens_per_s": speed, "peak_bytes": peak})
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as problem:
+        configurator.stop(str(problem))
