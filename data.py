@@ -256,21 +256,37 @@ VALUES = {split: {r: rel.values[:-10] if split == "train" else rel.values[-10:] 
 class FactWorld:
     """A seeded source of facts and of the sentences that tell and ask them.
 
-    `split` decides names and values ("train" or "held_out"); held-out wordings are used only when asked for.
+    `split` decides names and values ("train", "held_out"); held-out wordings are used only when asked for. With a
+    `lexicon`, values may be any of its words as well.
     """
 
-    def __init__(self, seed: int, split: str = "train"):
-        self.rng, self.names, self.values = random.Random(seed), NAMES[split], VALUES[split]
+    def __init__(self, seed: int, split: str = "train", lexicon: list[str] | None = None):
+        self.rng, self.names, self.values, self.lexicon = random.Random(seed), NAMES[split], VALUES[split], lexicon
+        self.variety = 1.0                                          # share of statements not worded like answers
 
     def facts(self, n: int, n_relations: int | None = None, names: list[str] | None = None) -> list[Fact]:
         """`n` facts with distinct (name, relation): few relations over many people, so relations collide."""
-        relations = self.rng.sample(sorted(RELATIONS), n_relations or self.rng.randint(1, min(n, len(RELATIONS))))
+        relations = self.rng.sample(sorted(RELATIONS), n_relations or self.rng.randint(1, max(1, min(n // 2, len(RELATIONS)))))
         n_people = self.rng.randint(-(-n // len(relations)), n)
         people = self.rng.sample(names or self.names, n_people)
         slots = [(p, r) for p in people for r in relations]
-        return [Fact(p, r, self.rng.choice(self.values[r])) for p, r in self.rng.sample(slots, n)]
+        return [Fact(p, r, self._value(r)) for p, r in self.rng.sample(slots, n)]
+
+    def _value(self, relation: str) -> str:
+        """One of the relation's values; in training, more often than not any word, an invented one, another relation's.
+
+        With closed sets alone a small model learns the set, and never says a value that it has not answered before.
+        """
+        chance = self.rng.random() if self.lexicon else 1.0
+        if chance < 0.35:
+            return self.rng.choice(self.lexicon)
+        if chance < 0.45:
+            return self.rng.choice(NAMES["train"])
+        return self.rng.choice(self.values[self.rng.choice(sorted(self.values)) if chance < 0.55 else relation])
 
     def tell(self, fact: Fact, held_out: bool = False) -> str:
+        if self.rng.random() >= self.variety:
+            return answer(fact)
         return self._word(RELATIONS[fact.relation].statements, held_out).format(n=fact.name, v=fact.value)
 
     def ask(self, fact: Fact, held_out: bool = False) -> str:
@@ -284,18 +300,27 @@ class FactWorld:
     def _word(self, wordings: tuple[str, ...], held_out: bool) -> str:
         return self.rng.choice(wordings[-WORDINGS_HELD_OUT:] if held_out else wordings[:-WORDINGS_HELD_OUT])
 
-    def session(self, n_facts: int, n_questions: int) -> list[tuple[str, bool]]:
-        """One chat: facts told in one to three user turns, then questions. Pieces are (text, is an answer)."""
+    def session(self, n_facts: int, n_questions: int) -> list[tuple[str, float]]:
+        """One chat: facts told in one to three user turns, at times told again in other words, then questions.
+
+        Pieces are (text, weight): how much a reader should learn to predict them. 0 where only chance could.
+        """
         facts = self.facts(n_facts)
         n_turns = self.rng.randint(1, min(3, n_facts))
+        turns = [[(f, 0.0) for f in facts[i::n_turns]] for i in range(n_turns)]
+        if self.rng.random() < RETELLING:
+            turns.append([(f, VALUE_WEIGHT) for f in self.rng.sample(facts, n_facts)])
         pieces = []
-        for i in range(n_turns):
-            told = [self.tell(f) for f in facts[i::n_turns]]
-            if self.rng.random() < 0.3:
-                told.insert(self.rng.randint(0, len(told)), self.small_talk())
-            pieces += [(user_turn(" ".join(told)), False), (self.rng.choice(ACKNOWLEDGEMENTS) + TURN_END, False)]
+        for told in turns:
+            pieces.append((USER, 0.0))
+            for i, (fact, weight) in enumerate(told):
+                before, after = self.tell(fact).rsplit(" " + fact.value, 1)
+                pieces += [((" " if i else "") + before, 0.0), (" " + fact.value, weight), (after, 0.0)]
+            talk = " " + self.small_talk() if self.rng.random() < 0.3 else ""
+            pieces += [(talk + ASSISTANT, 0.0), (self.rng.choice(ACKNOWLEDGEMENTS) + TURN_END, 0.0)]
         for fact in self.rng.sample(facts, min(n_questions, n_facts)):
-            pieces += [(user_turn(self.ask(fact)), False), (answer(fact) + TURN_END, True)]
+            before, after = answer(fact).rsplit(" " + fact.value, 1)
+            pieces += [(user_turn(self.ask(fact)), 0.0), (before, 1.0), (" " + fact.value, VALUE_WEIGHT), (after + TURN_END, 1.0)]
         return pieces
 
 
@@ -312,11 +337,14 @@ def context_questions(world: FactWorld, n_facts: int, n_questions: int) -> tuple
 
 
 TURN_END = "<|im_end|>\n"
+USER, ASSISTANT = "<|im_start|>user\n", TURN_END + "<|im_start|>assistant\n"
+VALUE_WEIGHT = 4.0                      # of a value that was told before, next to 1 for the words around it
+RETELLING = 0.5                         # sessions in which everything is told twice
 
 
 def user_turn(text: str) -> str:
     """Qwen's chat form: what the user said, up to the point where the assistant begins to speak."""
-    return f"<|im_start|>user\n{text}{TURN_END}<|im_start|>assistant\n"
+    return USER + text + ASSISTANT
 
 
 def answer(fact: Fact) -> str:
@@ -414,6 +442,8 @@ def open_tokens(folder: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray, dic
     if meta["n_vocab"] != n_vocab:
         raise ValueError(f"{folder}: expected tokens of a {n_vocab}-word vocabulary, found {meta['n_vocab']}: tokenize the "
                          f"text again with this model's tokenizer")
+    if not all(meta["tokens"].values()):
+        raise ValueError(f"{folder}: expected training and held-out text, found {meta['tokens']} tokens: give a longer text")
     return *(np.memmap(folder / f"{split}.bin", meta["dtype"], "r") for split in ("train", "val")), meta
 
 
@@ -429,17 +459,21 @@ class Mixture:
     """
 
     def __init__(self, tokenizer: Tokenizer, text: np.ndarray, T: int, text_share: float, told_share: float, seed: int,
-                 split: str = "train"):
+                 split: str = "train", curriculum: int = 0):
         if len(text) <= 2 * T:
             raise ValueError(f"expected more than {2 * T} tokens of {split} text, found {len(text)}: give more text or a smaller T")
+        if T < 128 and text_share < 1:
+            raise ValueError(f"expected T of at least 128 for fact sessions, found {T}: raise T or set text_share=1.0")
         self.tokenizer, self.text, self.T, self.seed, self.split = tokenizer, text, T, seed, split
-        self.text_share, self.told_share = text_share, told_share
+        self.text_share, self.told_share, self.curriculum = text_share, told_share, curriculum
+        self.lexicon = lexicon(tokenizer.decode(text.tolist())) if split == "train" and text_share < 1 else None
 
     def batch(self, rows: int, *key: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """-> tokens (rows, T) int64, padded with -1; weight (rows, T) of predicting each token's successor; and
         `before` (rows, T), what was read earlier: the same document's preceding text in half of the rows, else another's."""
         rng = random.Random(f"{self.seed}/{self.split}/{key}")
-        world = FactWorld(rng.getrandbits(64), self.split)
+        world = FactWorld(rng.getrandbits(64), self.split, self.lexicon)
+        world.variety = min(1.0, max(0.0, key[0] / self.curriculum - 1)) if self.curriculum else 1.0
         made = [self._text_row(rng, world) if rng.random() < self.text_share else self._fact_row(rng, world) for _ in range(rows)]
         tokens, weight, before = (np.stack(column) for column in zip(*made))
         strangers = np.array([rng.random() < 0.5 for _ in range(rows)])
@@ -459,31 +493,38 @@ class Mixture:
         return tokens, weight, before
 
     def _packed(self, rng: random.Random, world: FactWorld) -> tuple[np.ndarray, np.ndarray]:
-        tokens, learned = np.full(self.T, -1), np.zeros(self.T + 1, bool)
+        tokens, weight = np.full(self.T, -1), np.zeros(self.T + 1, np.float32)
         used, failures = 0, 0
         while failures < 4:
             n = rng.choice(SESSION_SIZES)
-            ids, answered = self.encode_session(world.session(n, rng.randint(-(-n // 2), n)))
+            ids, weights = self.encode_session(world.session(n, rng.randint(-(-n // 2), n)))
             if used + len(ids) > self.T:
-                failures += 1
+                failures += used > 0                                # an empty row goes on looking for a session that fits
                 continue
-            tokens[used:used + len(ids)], learned[used:used + len(ids)] = ids, answered
+            tokens[used:used + len(ids)], weight[used:used + len(ids)] = ids, weights
             used += len(ids)
-        picked = np.array([rng.random() < self.told_share for _ in range(self.T)]) | learned[1:]
-        return tokens, (picked & (np.arange(self.T) < used - 1)).astype(np.float32)
+        picked = np.array([rng.random() < self.told_share for _ in range(self.T)])
+        of_next = np.maximum(weight[1:], picked) * (np.arange(self.T) < used - 1)
+        return tokens, of_next.astype(np.float32)
 
-    def encode_session(self, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
-        """Token ids of a session with its closing end-of-text, and which of them belong to an answer."""
-        ids, answered = [], []
-        for text, is_answer in pieces:
+    def encode_session(self, pieces: list[tuple[str, float]]) -> tuple[list[int], list[float]]:
+        """Token ids of a session with its closing end-of-text, and the weight of each."""
+        ids, weights = [], []
+        for text, weight in pieces:
             piece = self.tokenizer.encode(text)
             ids += piece
-            answered += [is_answer] * len(piece)
-        return [*ids, self.tokenizer.eot], [*answered, False]
+            weights += [weight] * len(piece)
+        return [*ids, self.tokenizer.eot], [*weights, 0.0]
+
+
+def lexicon(text: str) -> list[str]:
+    """The plain words of a text, in a fixed order, but for the values that are held out."""
+    held_out = {v for values in VALUES["held_out"].values() for v in values}
+    return sorted(set(re.findall(r"(?<= )[a-z]{3,10}(?= )", text)) - held_out)
 
 
 SESSION_SIZES = (1, 2, 3, 4, 6, 8)      # facts per session
-SMALL_TALK_SHARE = 0.15                 # of the text rows
+SMALL_TALK_SHARE = 0.3                 # of the text rows
 
 
 def train_tiny_tokenizer(n_vocab: int, folder: Path) -> Tokenizer:

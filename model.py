@@ -102,6 +102,17 @@ class Places:
         out = F.scaled_dot_product_attention(q, k, v, self.allowed, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
         return out.transpose(1, 2).flatten(2)
 
+    def at(self, index: Tensor) -> "Places":
+        """The same for a selection of the queries: index (B, n), of a call without a past."""
+        B, n = index.shape
+        def chosen(x: Tensor) -> Tensor:                            # (B, 1, T, d) -> (B, 1, n, d)
+            return x.expand(B, -1, -1, -1).gather(2, index[:, None, :, None].expand(B, 1, n, x.shape[-1]))
+        if self.allowed is None:
+            allowed = torch.arange(self.cos.shape[2], device=index.device) <= index[:, None, :, None]
+        else:
+            allowed = chosen(self.allowed)
+        return Places(chosen(self.cos), chosen(self.sin), allowed)
+
 
 def heads(x: Tensor, head_dim: int) -> Tensor:
     """(B, T, H * d) -> (B, T, H, d)"""
@@ -160,20 +171,31 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def initialise(self) -> None:
-        """Weights for training from nothing; queries start equal to their keys, so heads begin by matching tokens.
+        """Weights for training from nothing, with a head start on in-context recall.
 
-        Content matching is the slow step of in-context recall; starting from W_q = W_k shortens it (LOG.md).
-        Idea: mimetic initialisation (arXiv:2305.09828), adapted to QK-norm and grouped queries.
+        A small transformer is slow to find that it should look for the same name (the relation-level plateau). Both
+        halves of that circuit are here from the start: the first layer's heads look 1, 2, 3, ... tokens back, and
+        in later layers W_q = W_k, so that heads begin by matching tokens. Everything may be unlearned. Ideas: previous-
+        token and induction heads (arXiv:2209.11895), mimetic initialisation (arXiv:2305.09828).
         """
+        c = self.config
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 closing = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5 * (0.5 if closing else 1.0))
-        c = self.config
-        for layer in self.layers:
+        for layer in self.layers[1:]:
             k = layer.self_attn.k_proj.weight.data.view(c.num_key_value_heads, 1, c.head_dim, c.hidden_size)
             group = c.num_attention_heads // c.num_key_value_heads
             layer.self_attn.q_proj.weight.data.copy_(k.expand(-1, group, -1, -1).reshape(-1, c.hidden_size))
+        # A constant first channel (which a tied softmax does not see) gives queries and keys a fixed part in the fast
+        # half of the rotary frequencies; turning a query by -n positions makes its head look n tokens back.
+        self.embed_tokens.weight.data[:, 0] = 0.08
+        fixed = torch.cat([torch.ones(c.head_dim // 4), torch.zeros(c.head_dim - c.head_dim // 4)])[None, None, None]
+        back = -torch.arange(1, c.num_attention_heads + 1)[None]
+        turned = rotate(fixed, *rope_angles(back, c.head_dim, c.rope_theta))                   # (1, 1, H, head_dim)
+        first = self.layers[0].self_attn
+        first.q_proj.weight.data[:, 0] = 2 * turned.flatten()
+        first.k_proj.weight.data[:, 0] = 2 * fixed.flatten().repeat(c.num_key_value_heads)
 
     def forward(self, tokens: Tensor, places: Places, cache: "Cache") -> tuple[Tensor, Tensor, list["KV"]]:
         """tokens (B, T) -> h (B, T, D) after the last attention, u = norm2(h), and every layer's keys and values."""
@@ -438,6 +460,11 @@ def at_tick(per_tick: Tensor, tick: Tensor) -> Tensor:
     return per_tick.gather(2, index).squeeze(2)
 
 
+def take(x: Tensor, where: Tensor) -> Tensor:
+    """x (B, T, D), where (B, n) -> (B, n, D)"""
+    return x.gather(1, where[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
 class Ticks(NamedTuple):
     """All ticks of a thought before anybody asks how good they are: what training needs."""
     hidden: Tensor                      # (B, T, K', D)
@@ -470,21 +497,24 @@ class NanoCTM(nn.Module):
         return h, u, places, Cache(layers, cache.block, real)
 
     def ticks(self, h: Tensor, u: Tensor, places: Places, cache: Cache, plastic: Tensor | None = None,
-              halt: float | None = None, m: Tensor | None = None) -> Ticks:
+              halt: float | None = None, m: Tensor | None = None, where: Tensor | None = None) -> Ticks:
         """Think about u. plastic: W_m (D, S). m (B, 2, S): what the session has synchronised; None: a fresh session.
 
-        With `halt`, stops when every token has passed it; which ticks count per token is `measure`'s affair.
+        With `halt`, stops when every token has passed it; which ticks count per token is `forward`'s affair. With
+        `where` (B, n), only these positions think: no thought reads another's ticks, so training can skip the rest.
         """
+        h, asking = (h, u) if where is None else (take(h, where), take(u, where))
         if self.ctm is None:
-            out = self.backbone.layers[-1].mlp(u) if self.block == "ffn" else torch.zeros_like(u)
+            out = self.backbone.layers[-1].mlp(asking) if self.block == "ffn" else torch.zeros_like(asking)
             return Ticks((h + out)[:, :, None], None, None, None, None, cache)
         ctm, B = self.ctm, len(u)
         m = ctm.fresh_sync().expand(B, -1, -1) if m is None else m
         m = m.transpose(0, 1).unsqueeze(2).transpose(0, 1)                                      # (B, 2, 1, S)
         kv = ctm.keys_values(u, places, cache.block)
+        places = places if where is None else places.at(where)
         weight = ctm.c_proj.weight if plastic is None else ctm.c_proj.weight + plastic / math.sqrt(ctm.config.sync)
-        state, y_out, hidden, alphas, betas = ctm.start(u), [], [], [], []
-        running = torch.ones(u.shape[:2], dtype=torch.bool, device=u.device) & cache.real[:, -u.shape[1]:]
+        state, y_out, hidden, alphas, betas = ctm.start(asking), [], [], [], []
+        running = cache.real[:, -h.shape[1]:].clone()
         for k in range(ctm.config.ticks):
             if self.checkpoint_ticks and torch.is_grad_enabled():
                 state = checkpoint(ctm.tick, k, state, kv, m, places, use_reentrant=False)
@@ -506,13 +536,18 @@ class NanoCTM(nn.Module):
         """(..., D) -> logits (..., V) through the final norm and the tied embedding."""
         return F.linear(self.backbone.norm(hidden), self.backbone.embed_tokens.weight)
 
+    def rows_at_once(self, hidden: Tensor) -> int:
+        """How many rows of logits to hold at a time: what fits a CPU's cache, or 256 MB of a GPU."""
+        return max(1, HEAD_ENTRIES[hidden.device.type] // self.backbone.config.vocab_size)
+
     @torch.no_grad()
     def score(self, hidden: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """hidden (..., D), targets (...) -> certainty and nats, both (...) fp32. In pieces: logits are never all there."""
         flat, V = hidden.reshape(-1, hidden.shape[-1]), self.backbone.config.vocab_size
         wanted = torch.zeros(len(flat), dtype=torch.long, device=flat.device) if targets is None else targets.reshape(-1)
         certainty, nats = [], []
-        for piece, target in zip(flat.split(max(1, HEAD_ENTRIES // V)), wanted.split(max(1, HEAD_ENTRIES // V))):
+        n = self.rows_at_once(flat)
+        for piece, target in zip(flat.split(n), wanted.split(n)):
             log_p = self.head(piece).float().log_softmax(-1)
             nats.append(-log_p.gather(1, target[:, None]).squeeze(1))
             certainty.append(1 + (log_p.exp() * log_p).sum(-1) / math.log(V))
@@ -546,9 +581,7 @@ class NanoCTM(nn.Module):
         """hidden (N, D), targets (N,) -> nats (N,) with gradient; logits are recomputed piece by piece backwards."""
         def piece(h: Tensor, t: Tensor) -> Tensor:
             return F.cross_entropy(self.head(h).float(), t, reduction="none")
-        n = max(1, HEAD_ENTRIES // self.backbone.config.vocab_size)
-        if len(hidden) <= n:
-            return piece(hidden, targets)
+        n = self.rows_at_once(hidden)
         return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in zip(hidden.split(n), targets.split(n))])
 
     def tick_loss(self, ticks: Ticks, targets: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -571,7 +604,21 @@ class NanoCTM(nn.Module):
         return loss, {"nats": ((both[1] * w).sum() / w.sum()).item(), "read_tick": chosen[n:].float().mean().item()}
 
 
-HEAD_ENTRIES = 2**25                    # logits held at once: 128 MB in fp32
+HEAD_ENTRIES = {"cpu": 2**18, "cuda": 2**26, "meta": 2**26}         # logits held at once
+
+
+def flops_per_token(b: BackboneConfig, c: ThoughtConfig, T: int) -> dict[str, int]:
+    """FLOPs of one token's forward pass in a window of T: matrix products only, 2 per multiply-add, attention over all
+    T positions (a causal kernel does half). `block_*` are the parts of `block`; `head` is one reading by the LM head."""
+    D, K, S, h = b.hidden_size, c.ticks, c.sync, c.nlm_hidden
+    q, kv = b.num_attention_heads * b.head_dim, b.num_key_value_heads * b.head_dim
+    with torch.device("meta"):
+        synapse = sum(2 * p.numel() for n, p in UNet(D, c).named_parameters() if p.dim() == 2)
+    parts = {"block_synapse": K * synapse, "block_nlm": K * D * 4 * (c.history * h + h), "block_attention": K * 4 * T * D,
+             "block_projections": K * 4 * S * D + 4 * D * D}
+    trunk = b.num_hidden_layers * (4 * D * (q + kv) + 4 * T * q) + (b.num_hidden_layers - 1) * 6 * D * b.intermediate_size
+    return {"trunk": trunk, "ffn": 6 * D * b.intermediate_size, "block": sum(parts.values()), **parts,
+            "head": 2 * D * b.vocab_size}
 
 
 # -----------------------------------------------------------------------------
@@ -582,28 +629,29 @@ class Spoken(NamedTuple):
     token: Tensor               # (B,)
     tick: Tensor                # (B,)
     certainty: Tensor           # (B,)
+    cache: Cache                # everything read before this token: with it, the conversation can go on
 
 
 @torch.no_grad()
 def generate(model: NanoCTM, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
              stop: int | None = None, halt: float | None = None, plastic: Tensor | None = None,
-             generator: torch.Generator | None = None) -> Iterator[Spoken]:
-    """Continue each row of tokens (B, T), padded on the left with -1, and yield one Spoken per step.
+             generator: torch.Generator | None = None, cache: Cache | None = None) -> Iterator[Spoken]:
+    """Continue each row of tokens (B, T), padded on the left with -1, after those in `cache`; yield one Spoken per step.
 
     Temperature 0 is greedy. Ends when every row has said `stop`. Raises ValueError when the context is too short.
     """
-    room = model.backbone.config.max_position_embeddings
+    room = model.backbone.config.max_position_embeddings - (cache.real.shape[1] if cache else 0)
     longest = int((tokens >= 0).sum(1).max())
     if not longest or longest + max_new_tokens > room:
-        raise ValueError(f"expected a prompt of 1 to {room - max_new_tokens} tokens (context {room}, {max_new_tokens} to "
-                         f"generate), found {longest}: shorten the prompt or lower max_new_tokens")
-    cache, ended = None, torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        raise ValueError(f"expected a prompt of 1 to {room - max_new_tokens} tokens (room for {room} in the context, "
+                         f"{max_new_tokens} to generate), found {longest}: shorten the prompt or lower max_new_tokens")
+    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         thought = model(tokens, cache, plastic, halt)
         tick = thought.read_tick[:, -1:]
         logits = model.head(at_tick(thought.hidden[:, -1:], tick)).float()[:, 0]                # (B, V)
         token = pick(logits, temperature, top_k, generator).masked_fill(ended, -1)
-        yield Spoken(token, tick[:, 0], at_tick(thought.certainty[:, -1:], tick)[:, 0])
+        yield Spoken(token, tick[:, 0], at_tick(thought.certainty[:, -1:], tick)[:, 0], thought.cache)
         ended = ended | (token == stop) if stop is not None else ended
         if ended.all():
             return
@@ -639,12 +687,12 @@ def load_backbone(name: str, **settings) -> NanoCTM:
     folder = Path(name)
     if not folder.is_dir():
         folder = _download(name)
-    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-        raise ValueError(f"expected config.json and *.safetensors in {folder}, found neither or one: "
+    if not (folder / "config.json").is_file() or not list(folder.glob("model*.safetensors")):
+        raise ValueError(f"expected config.json and model*.safetensors in {folder}, found neither or one: "
                          f"run `python train.py config/tiny_phase1.py` first, or name a Qwen3 checkpoint")
     model = NanoCTM(BackboneConfig.from_json(folder), **({"block": "ffn"} | settings))
     tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("model*.safetensors")):
         tensors |= _read_tensors(path)[0]
     tensors = {k.removeprefix("model."): v for k, v in tensors.items() if k != "lm_head.weight"}
     model.backbone.to(next(iter(tensors.values())).dtype)
@@ -656,7 +704,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors"]))
     except (OSError, HFValidationError, ValueError) as e:
         raise ValueError(f"expected a Qwen3 folder or a reachable Hugging Face name, found {name!r} ({type(e).__name__}): "
                          f"check the path or the network; for the tiny world run `python train.py config/tiny_phase1.py` first") from None

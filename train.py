@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,8 +29,8 @@ from safetensors.torch import load_file, save_file
 import configurator
 import data
 from memory import read_session
-from model import (BackboneConfig, NanoCTM, ThoughtConfig, block_module, load_backbone, load_graft, replies, save_backbone,
-                   save_graft)
+from model import (HEAD_ENTRIES, BackboneConfig, NanoCTM, ThoughtConfig, Ticks, block_module, flops_per_token, load_backbone,
+                   load_graft, replies, save_backbone, save_graft, take)
 
 # -----------------------------------------------------------------------------
 # settings, overridden by a config file and the command line
@@ -45,6 +46,7 @@ tokenizer = "weights"       # a folder with ranks.json, or a Hugging Face name
 text = "data/tiny"          # a folder made by data.py
 text_share = 0.25           # rows of text among rows of fact sessions
 told_share = 0.15           # what is learned of a session besides its answers
+curriculum = 0              # steps in which all statements are worded like answers; as many more to full variety
 B = 16                      # rows per micro-batch and process
 T = 256                     # tokens per row
 accumulation = 1            # micro-batches per step
@@ -75,6 +77,7 @@ weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
 clip = 1.0                  # norm of the gradient at most
+thinking_share = 1.0        # phase 2: share of a row's tokens that think at a step; the block costs that much less
 inherited_share = 0.3       # phase 2: steps that start from an earlier session's sync
 baseline_rate = 0.01        # of the running mean of y_out
 # machine
@@ -103,10 +106,11 @@ def start_processes() -> tuple[int, int]:
 
 def average_gradients(parameters: list[torch.Tensor], world: int) -> None:
     """One all-reduce over all gradients, so that every process takes the same step."""
+    reached = [p for p in parameters if p.grad is not None]         # the same ones in every process
     if world > 1:
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+        flat = torch.cat([p.grad.flatten() for p in reached])
         dist.all_reduce(flat)
-        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+        for p, g in zip(reached, flat.split([p.numel() for p in reached])):
             p.grad.copy_(g.view_as(p) / world)
 
 
@@ -156,18 +160,28 @@ def step_loss(model: NanoCTM, batch: tuple, step: int) -> tuple[torch.Tensor, di
     h, u, places, cache = model.trunk(tokens)
     imitating = model.block == "ctm" and step < imitation_steps
     m = inherited_sync(model, before) if model.ctm and not imitating and inherits(step) else None
-    ticks = model.ticks(h, u, places, cache, m=m)
+    where = thinking_tokens(weight) if model.ctm else None
+    ticks = model.ticks(h, u, places, cache, m=m, where=where)
+    following = torch.cat([tokens[:, 1:], tokens[:, :1]], 1).clamp(min=0)
+    if where is not None:
+        h, u = take(h, where), take(u, where)
+        tokens, weight, following = (x.gather(1, where) for x in (tokens, weight, following))
     if imitating:
         loss, report = imitation_loss(model, ticks, h, u, tokens >= 0), {}
     else:
-        following = torch.cat([tokens[:, 1:], tokens[:, :1]], 1).clamp(min=0)
         loss, report = model.tick_loss(ticks, following, weight)
     if model.ctm:
         report["y_out"] = ticks.y_out[tokens >= 0].detach().mean(0)
     return loss, report
 
 
-def imitation_loss(model: NanoCTM, ticks, h: torch.Tensor, u: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def thinking_tokens(weight: torch.Tensor) -> torch.Tensor:
+    """weight (B, T) -> (B, n) positions, in order: those that are learned first, chance among equals."""
+    n = max(1, int(weight.shape[1] * thinking_share))
+    return (weight + torch.rand(weight.shape).to(weight)).topk(n, 1).indices.sort(1).values
+
+
+def imitation_loss(model: NanoCTM, ticks: Ticks, h: torch.Tensor, u: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Squared distance of every tick's output to the FFN's, relative to the power of the FFN's; 1 is saying nothing."""
     with torch.no_grad():
         wanted = model.backbone.layers[-1].mlp(u)[real].float()
@@ -239,7 +253,7 @@ def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, conf
     if not (folder / "state.json").exists():
         raise ValueError(f"--resume expected a checkpoint in {folder}, found none: start without --resume first")
     state = json.loads((folder / "state.json").read_text())
-    free = {"resume", "max_steps", "device", "out_dir", "compile", "checkpoint_ticks", "log_interval", "eval_interval"}
+    free = {"resume", "stop_at", "device", "out_dir", "compile", "checkpoint_ticks", "log_interval", "eval_interval"}
     changed = [k for k, v in config.items() if k not in free and state["config"].get(k) != v]
     if changed:
         raise ValueError(f"--resume expected the settings of {folder}, found {changed[0]}={config[changed[0]]!r} instead of "
@@ -252,6 +266,45 @@ def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, conf
         own["state"].setdefault(int(i), {})[key] = value
     optimizer.load_state_dict(own)
     return state
+
+
+# -----------------------------------------------------------------------------
+# what a run will need, without any weights
+
+def report_needs() -> None:
+    """Print parameters, FLOPs per token and an estimate of memory. Shapes only: nothing is downloaded or allocated."""
+    shape = {k: globals()[k] for k in BackboneConfig.__dataclass_fields__ if k in globals()}
+    if phase > 1:
+        local = Path(base) / "config.json"
+        shape = asdict(BackboneConfig.from_json(Path(base)) if local.exists() else BackboneConfig())
+        if not local.exists() and base != "Qwen/Qwen3-0.6B":
+            raise ValueError(f"--dry_run expected a folder with config.json or Qwen/Qwen3-0.6B, found {base!r}: download it first")
+    with torch.device("meta"):
+        model = NanoCTM(BackboneConfig(**shape), thought_config(), block="ffn" if phase == 1 else block)
+    b, c, grafted = model.backbone.config, thought_config(), model.ctm is not None
+    if phase > 1:
+        model.requires_grad_(False)
+        block_module(model).requires_grad_(True)
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    flops, thinking = flops_per_token(b, c, T), thinking_share if grafted else 1.0
+    forward = flops["trunk"] + (thinking * flops["block"] if grafted else flops["ffn"])
+    n = B * T * thinking                                            # tokens that think at once
+    widths = sum(2 * layer.out_features for layer in [*model.ctm.synapse.down, *model.ctm.synapse.up]) if grafted else 0
+    D, K, S, h = b.hidden_size, c.ticks, c.sync, c.nlm_hidden
+    one_tick = n * 2 * (3 * widths + D * (2 * c.history + 6 * h + 8)) if grafted else B * T * 2 * 8 * b.intermediate_size
+    all_ticks = n * K * (2 * 3 * D + 4 * 6 * S) if grafted else 0   # z, a and hidden in bf16; sums and keys in fp32
+    memory = {"frozen weights, bf16": 2 * frozen, "learning: weights, gradients, two moments, fp32": 16 * learning,
+              "kept of every tick": all_ticks, "one tick, recomputed backwards" if checkpoint_ticks else "ticks, all kept":
+              one_tick * (1 if checkpoint_ticks or not grafted else K), "logits in flight": 3 * 4 * HEAD_ENTRIES["cuda"],
+              "trunk, a layer at a time": B * T * 2 * (8 * D + 3 * b.intermediate_size) * (b.num_hidden_layers if phase == 1 else 2)}
+    print(f"parameters: {frozen:,} frozen, {learning:,} trainable")
+    print(f"FLOPs per token, forward: {forward:,.0f} (trunk {flops['trunk']:,}, "
+          + (f"block {flops['block']:,} over {K} ticks" if grafted else f"FFN {flops['ffn']:,}") + f", one reading {flops['head']:,})")
+    print(f"tokens per step: {B * T * accumulation:,} per process")
+    for what, size in memory.items():
+        print(f"  {size / 1e9:6.2f} GB  {what}")
+    print(f"  {sum(memory.values()) / 1e9:6.2f} GB  in all, estimated")
 
 
 # -----------------------------------------------------------------------------
@@ -276,7 +329,7 @@ def main() -> None:
     torch.manual_seed(seed)                                         # the same weights in every process
     words = data.Tokenizer(tokenizer)
     train_text, val_text, about = data.open_tokens(Path(text), words.n_vocab)
-    mixture, held_out = (data.Mixture(words, t, T, text_share, told_share, seed, split)
+    mixture, held_out = (data.Mixture(words, t, T, text_share, told_share, seed, split, curriculum)
                          for t, split in ((train_text, "train"), (val_text, "held_out")))
     model = build_model().to(where)
     if words.n_vocab > model.backbone.config.vocab_size:
@@ -301,6 +354,7 @@ def main() -> None:
     for step in range(state["step"], last_step):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
+        torch.manual_seed(seed + 1000 * step + 10**9 * rank)        # chance is a function of the step: resume is exact
         total = 0.0
         for micro in range(accumulation):
             batch = mixture.batch(B, step, micro, rank)

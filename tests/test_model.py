@@ -242,6 +242,15 @@ def test_checkpointed_ticks_give_the_same_gradients():
     assert grads[0].keys() == grads[1].keys() and all(torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
 
 
+def test_thinking_about_some_tokens_changes_nothing_for_them(model):
+    tokens = padded(some_tokens(model, 3, 24))
+    for given in (tokens, tokens.clamp(min=0)):
+        where = torch.tensor([[0, 3, 23], [6, 9, 11], [1, 2, 20]])
+        whole, some = model.ticks(*model.trunk(given)), model.ticks(*model.trunk(given), where=where)
+        for row in range(3):
+            assert torch.allclose(some.hidden[row], whole.hidden[row, where[row]], atol=1e-5)
+
+
 def test_tick_loss_is_the_mean_of_the_best_and_the_most_certain_tick():
     model = randomised("more pairs than neurons")
     tokens = some_tokens(model, 2, 16)
@@ -258,7 +267,7 @@ def test_memory_of_logits_is_bounded_and_the_pieces_agree(monkeypatch):
     model = randomised("grouped queries")
     tokens = some_tokens(model, 2, 30)
     whole = model(tokens)
-    monkeypatch.setattr(module, "HEAD_ENTRIES", 97 * 7)
+    monkeypatch.setitem(module.HEAD_ENTRIES, "cpu", 97 * 7)
     pieces = model(tokens)
     assert torch.allclose(whole.tick_nats, pieces.tick_nats, atol=1e-5, equal_nan=True)
     assert torch.allclose(whole.certainty, pieces.certainty, atol=1e-5)

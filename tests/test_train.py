@@ -1,0 +1,126 @@
+"""The loop end to end on a very small world: phases 1 and 2, exact resume, and one line for everything that goes wrong."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+from model import BackboneConfig, NanoCTM, ThoughtConfig, flops_per_token
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--hidden_size=32 --intermediate_size=48 --num_hidden_layers=2 --num_attention_heads=2 --num_key_value_heads=1 --head_dim=16 "
+         "--ticks=3 --history=2 --sync=48 --nlm_hidden=2 --unet_step=16 --block_head_dim=16 --B=4 --T=128 --warmup_steps=2 "
+         "--log_interval=2 --eval_interval=4 --eval_rows=2 --eval_questions=2 --max_position_embeddings=256").split()
+
+
+def train(*options: str, processes: int = 1) -> subprocess.CompletedProcess:
+    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                     f"--nproc_per_node={processes}"]
+    return subprocess.run([*start, "train.py", *SMALL, *options], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A token file and a phase-1 backbone trained for 4 of 8 steps, then resumed; and 8 steps without a pause."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "text.txt").write_text("\n".join(topics[k] for k in sorted(topics)[:8]))
+    data.write_tokens(str(folder / "text.txt"), data.Tokenizer(str(ROOT / "weights")), folder / "tokens")
+    options = [f"--text={folder}/tokens", "--max_steps=8"]
+    for out, extra in (("whole", []), ("paused", ["--stop_at=4"]), ("paused", ["--resume"])):
+        run = train(*options, f"--out_dir={folder}/{out}", *extra)
+        assert run.returncode == 0, run.stderr
+    return folder
+
+
+def same_files(a: Path, b: Path) -> bool:
+    one, two = load_file(a), load_file(b)
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def phase2(world: Path, out: str, *extra: str, processes: int = 1) -> subprocess.CompletedProcess:
+    return train("--phase=2", f"--base={world}/whole/last", f"--text={world}/tokens", f"--out_dir={world}/{out}", "--max_steps=8",
+                 "--imitation_steps=2", "--thinking_share=0.5", *extra, processes=processes)
+
+
+def test_phase_1_resumes_bit_for_bit(world):
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert same_files(world / "whole/last" / name, world / "paused/last" / name)
+    assert (world / "whole/best/model.safetensors").exists()
+
+
+def test_phase_2_resumes_bit_for_bit_and_touches_nothing_but_the_block(world):
+    before = (world / "whole/last/model.safetensors").read_bytes()
+    for out, extra in (("g1", []), ("g2", ["--stop_at=4"]), ("g2", ["--resume"])):
+        run = phase2(world, out, *extra)
+        assert run.returncode == 0, run.stderr
+    for name in ("graft.safetensors", "optimizer.safetensors"):
+        assert same_files(world / "g1/last" / name, world / "g2/last" / name)
+    assert (world / "whole/last/model.safetensors").read_bytes() == before
+    log = [json.loads(line) for line in (world / "g1/log.jsonl").read_text().splitlines()]
+    assert log[0]["run"]["config"]["seed"] == 1 and log[-1]["step"] == 8 and {"loss", "nats", "val", "recall_8"} <= log[-1].keys()
+
+
+def test_two_processes_take_the_same_steps_together(world):
+    run = phase2(world, "two", processes=2)
+    assert run.returncode == 0, run.stderr
+    assert not same_files(world / "two/last/graft.safetensors", world / "g1/last/graft.safetensors")
+
+
+def test_the_control_trains_the_layers_own_ffn(world):
+    run = phase2(world, "ffn", "--block=ffn")
+    assert run.returncode == 0, run.stderr
+    assert load_file(world / "ffn/last/graft.safetensors").keys() == {f"{n}_proj.weight" for n in ("up", "gate", "down")}
+
+
+@pytest.mark.parametrize("extra, said", [
+    (["--base=nowhere/at/all/x"], "expected a Qwen3 folder or a reachable Hugging Face name"),
+    (["--base="], "run `python train.py config/tiny_phase1.py` first"),
+    (["--text=nowhere"], "run `python data.py"),
+    (["--resume"], "--resume expected a checkpoint in"),
+    (["--lr=1e30", "--clip=1e30", "--imitation_steps=0"], "is the last good checkpoint"),
+    (["--block_head_dim=13"], "must divide the width"), (["--block=mlp"], "expected block 'ctm', 'ffn' or 'none'"),
+    (["--T=4000"], "give more text or a smaller T")])
+def test_bad_input_ends_with_one_line(world, extra, said):
+    run = phase2(world, "bad", *extra)
+    assert run.returncode in (1, 2) and run.stderr.count("error:") == 1 and said in run.stderr, run.stderr
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(world):
+    run = phase2(world, "nan", "--eval_interval=1", "--lr=1e18", "--clip=1e30", "--imitation_steps=0", "--max_steps=40")
+    assert run.returncode == 1 and "expected a finite loss" in run.stderr and "at step" in run.stderr
+    saved = load_file(world / "nan/last/graft.safetensors")
+    assert all(torch.isfinite(t).all() for t in saved.values())
+
+
+def test_resume_refuses_other_settings(world):
+    run = phase2(world, "g1", "--resume", "--seed=2")
+    assert run.returncode == 1 and "resume with the same config" in run.stderr
+
+
+def test_dry_run_prints_the_size_of_the_design_without_weights():
+    run = subprocess.run([sys.executable, "train.py", "config/phase2.py", "--dry_run=True"], cwd=ROOT, capture_output=True, text=True)
+    frozen, trainable = (int(w.replace(",", "")) for w in run.stdout.split("\n")[0].split() if w[0].isdigit())
+    total = float(run.stdout.strip().split("\n")[-1].split()[0])
+    assert 590e6 < frozen < 600e6 and 62e6 < trainable < 72e6 and 0 < total <= 16
+
+
+@pytest.mark.parametrize("length", [16, 63])
+def test_flops_are_what_torch_counts(length):
+    b, c = BackboneConfig(97, 64, 96, 3, 4, 2, 16, 1e-6, 1e4, 256), ThoughtConfig(4, 3, 64, 3, 32, 16, 32)
+    model, tokens = NanoCTM(b, c), torch.zeros(2, length, dtype=torch.long)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as trunk:
+            parts = model.trunk(tokens)
+        with FlopCounterMode(display=False) as block:
+            model.ticks(*parts)
+    said = flops_per_token(b, c, length)
+    assert (trunk.get_total_flops(), block.get_total_flops()) == (2 * length * said["trunk"], 2 * length * said["block"])
