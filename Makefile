@@ -31,11 +31,11 @@ test: .venv/installed
 	$(RUN) -m pytest -q
 
 tiny: .venv/installed
-	$(RUN) data.py --train_vocab=2048 --tokenizer=out/tokenizer --out=data/tiny
+	$(RUN) data.py --train_vocab=2048 --tokenizer=weights --out=data/tiny
 	$(TRAIN) config/tiny_phase1.py
 	$(TRAIN) config/tiny_phase2.py
 	$(TRAIN) config/tiny_phase2.py --block=ffn --out_dir=out/tiny_ffn
-	$(RUN) train.py --ship=out/tiny
+	$(RUN) bench.py card
 
 bench: .venv/installed
 	$(RUN) bench.py quality

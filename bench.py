@@ -2,14 +2,17 @@
 
     python bench.py quality             # the tiny weights, about 3 minutes on 2 cores
     python bench.py quality --full      # and the question "depth or thinking time?", trained on the spot (an hour)
+    python bench.py card                # after `make tiny`: copy what was trained into weights/, with its card
 
 A table for people, and as the last line of standard output one JSON object with every figure, its seeds, the commit,
 the hardware and the sha256 of its text. All text and all people are held out. No threshold lives here: what is good
 enough is the reader's to say. Left out so far: memory, endurance, sleep, speed.
 """
+import hashlib
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -276,7 +279,33 @@ def print_table(found: dict, by_tick: list[float], recovered: float, costs: list
         print(f"{row['shape']:8s} {row['block']:18,d} {row['block_attention']:16,d} {row['block_us']:9.1f} {row['trunk_us']:9.1f}")
 
 
-COMMANDS = {"quality": quality}
+# -----------------------------------------------------------------------------
+# the card that goes with shipped weights
+
+def card() -> dict:
+    """Collect what the tiny configs left in out/ into one folder, with a card: how it came about, and its sha256."""
+    folder = Path(base).parent
+    (folder / "backbone").mkdir(parents=True, exist_ok=True)
+    runs = {"backbone": "tiny_phase1", "graft": "tiny_phase2", "ffn": "tiny_ffn"}
+    files = {"tiny_phase1/best/model.safetensors": "backbone/model.safetensors", "tiny_phase1/best/config.json": "backbone/config.json",
+             "tiny_phase2/best/graft.safetensors": "graft.safetensors", "tiny_ffn/best/graft.safetensors": "ffn.safetensors"}
+    about = {"files": {}}
+    for source, target in files.items():
+        if not (Path("out") / source).exists():
+            raise ValueError(f"expected out/{source}, found none: run `make tiny` first")
+        shutil.copy(Path("out") / source, folder / target)
+        about["files"][target] = hashlib.sha256((folder / target).read_bytes()).hexdigest()
+    about["files"]["ranks.json"] = hashlib.sha256((folder / "ranks.json").read_bytes()).hexdigest()
+    for name, run in runs.items():
+        log = [json.loads(line) for line in (Path("out") / run / "log.jsonl").read_text().splitlines()]
+        about[name] = log[0]["run"] | {"minutes": round(log[-1]["minutes"], 1), "kept": json.loads(
+            (Path("out") / run / "best" / "state.json").read_text())["step"], "figures": [e for e in log if "val" in e][-1]}
+    about["text_sha256"] = HeldOut(data.Tokenizer(str(folder))).sha256
+    (folder / "card.json").write_text(json.dumps(about, indent=1))
+    return about
+
+
+COMMANDS = {"quality": quality, "card": card}
 
 
 def main() -> None:

@@ -83,6 +83,9 @@ def main() -> None:
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     words = data.Tokenizer(tokenizer)
     model = (load_graft(base, Path(graft)) if graft else load_backbone(base)).to(where).eval()
+    if words.n_vocab > model.backbone.config.vocab_size:
+        raise ValueError(f"expected a tokenizer of at most {model.backbone.config.vocab_size} words, found {words.n_vocab} in "
+                         f"{tokenizer}: use the one that belongs to {base}")
     chance = torch.Generator(where).manual_seed(seed)
     if chat:
         return converse(model, words, chance)

@@ -37,7 +37,7 @@ from model import (HEAD_ENTRIES, BackboneConfig, NanoCTM, ThoughtConfig, Ticks, 
 
 phase = 1                   # 1 language, 2 thinking
 out_dir = "out/tiny_phase1" # checkpoints and log.jsonl
-base = ""                   # phase 2: the backbone, a Qwen3 folder or a Hugging Face name
+base = ""                   # the backbone to start from, a Qwen3 folder or a Hugging Face name; phase 1: "" is from nothing
 block = "ctm"               # phase 2: what learns in the last layer: "ctm", or "ffn" (the control: its own FFN, further)
 resume = False              # go on from out_dir/last
 seed = 1
@@ -119,6 +119,8 @@ def average_gradients(parameters: list[torch.Tensor], world: int) -> None:
 
 def build_model() -> NanoCTM:
     """The model of this phase with only its learning part requiring gradients. ValueError in one line."""
+    if phase == 1 and base:
+        return load_backbone(base)                                  # pretrained: measured, or trained further
     if phase == 1:
         shape = {k: globals()[k] for k in BackboneConfig.__dataclass_fields__ if k in globals()}
         model = NanoCTM(BackboneConfig(**shape), block="ffn")
@@ -350,6 +352,9 @@ def main() -> None:
     autocast = torch.autocast(where, torch.bfloat16, enabled=where == "cuda")
     last_step = min(stop_at or max_steps, max_steps)
 
+    begin, before = time.time(), state.get("minutes", 0.0)
+    if max_steps == 0:
+        log.say(" | ".join(f"{k} {v:.4f}" for k, v in evaluate(model, held_out, where).items()))
     clock, seconds, tokens_read = time.time(), 0.0, 0
     for step in range(state["step"], last_step):
         for group in optimizer.param_groups:
@@ -376,7 +381,7 @@ def main() -> None:
         done = step + 1
         val = evaluate(model, held_out, where) if done % eval_interval == 0 or done == last_step else {}
         if val and rank == 0:
-            state |= {"step": done}
+            state |= {"step": done, "minutes": before + (time.time() - begin) / 60}
             score = val["val"] + 1 - val["recall_8"]              # text and recall both count
             if score < state["best"]:
                 state["best"] = score
@@ -385,7 +390,7 @@ def main() -> None:
         if val or done % log_interval == 0:
             seconds, clock = time.time() - clock, time.time()
             log.step(done, max_steps, {"loss": total, "nats": report.get("nats"), "lr": learning_rate(step), "norm": norm.item(),
-                                       "tick": report.get("read_tick"), **val}, seconds / log_interval, tokens_read / seconds)
+                                       "tick": report.get("read_tick"), **val}, before + (time.time() - begin) / 60, seconds / log_interval, tokens_read / seconds)
             tokens_read = 0
     if world > 1:
         dist.destroy_process_group()
@@ -408,12 +413,12 @@ class Log:
         if self.file:
             print(json.dumps(entry), file=self.file, flush=True)
 
-    def step(self, step: int, steps: int, values: dict, seconds: float, speed: float) -> None:
+    def step(self, step: int, steps: int, values: dict, minutes: float, seconds: float, speed: float) -> None:
         said = {k: v for k, v in values.items() if v is not None and v == v}
         shown = " | ".join(f"{k} {v:.1e}" if k == "lr" else f"{k} {v:.4f}" for k, v in said.items())
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.say(f"step {step:05d}/{steps:05d} | {shown} | {seconds * 1e3:.0f} ms | {speed:,.0f} tok/s | mem {peak / 2**30:.1f} GiB")
-        self.record({"step": step, **said, "ms": seconds * 1e3, "tokens_per_s": speed, "peak_bytes": peak})
+        self.record({"step": step, **said, "minutes": minutes, "ms": seconds * 1e3, "tokens_per_s": speed, "peak_bytes": peak})
 
 
 if __name__ == "__main__":
