@@ -1,0 +1,45 @@
+"""What the bench computes, against simple cases and against the model itself."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+from test_model import randomised, some_tokens
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_calibration_error_is_zero_when_confidence_is_the_hit_rate_and_the_gap_when_it_is_not():
+    sure, right = torch.full((3000,), 0.8), torch.arange(3000) % 5 > 0
+    assert bench.calibration_error(sure, right) == pytest.approx(0, abs=1e-3)
+    assert bench.calibration_error(torch.full((3000,), 0.99), right) == pytest.approx(0.19, abs=1e-3)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.35, 1.1])
+def test_simulated_halting_is_what_the_model_does_when_it_halts(threshold):
+    model, tokens = randomised("more pairs than neurons"), some_tokens(randomised("more pairs than neurons"), 2, 20)
+    whole, short = bench.think(model, tokens), bench.think(model, tokens, threshold)
+    ticks, nats = bench.halted(bench.of(whole, "certainty"), bench.of(whole, "tick_nats"), threshold)
+    assert ticks == pytest.approx(float((bench.of(short, "certainty") > -1).sum(-1).float().mean()))
+    assert nats == pytest.approx(float(bench.of(short, "nats").mean()), abs=1e-5)
+
+
+def test_an_unknown_command_ends_with_one_line():
+    run = subprocess.run([sys.executable, "bench.py", "qualty"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("error: expected one of quality") and run.stderr.count("\n") == 1
+
+
+def test_quality_prints_every_figure_as_its_last_line():
+    run = subprocess.run([sys.executable, "bench.py", "quality", "--seeds=1", "--rows=2", "--questions=4"], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.strip().split("\n")[-1])
+    wanted = {"backbone_nats", "ffn_same_tokens_nats", "graft_nats", "ffn_deleted_nats", "graft_bits_per_byte", "nats_by_tick",
+              "read_tick_entropy", "halting", "calibration_ece", "text_sha256", "in_context_recall", "key_cosine_at_init", "trainable",
+              "frozen", "seeds", "commit", "hardware"}
+    assert wanted <= found.keys() and len(found["nats_by_tick"]) == 8 and found["key_cosine_at_init"] < 0.5
+    assert found["ffn_deleted_nats"] > found["graft_nats"]
