@@ -395,9 +395,9 @@ class CTMBlock(nn.Module):
         q = self.q_norm(heads(self.q_proj(y_act.to(s.z.dtype)), self.config.head_dim)).transpose(1, 2)
         seen = places.attend(rotate(q, places.cos, places.sin), *kv)                            # (B, T, D)
         mixed = torch.cat([seen, s.z + self.tick_embedding[k].to(s.z.dtype)], -1)
-        a = s.z + self.synapse(mixed)
+        a = s.z + self.synapse(mixed).to(s.z.dtype)
         trace = (*s.trace[1:], a)
-        z = self.nlm(torch.stack([t.flatten(0, 1).T for t in trace], -1)).T.unflatten(0, a.shape[:2])
+        z = self.nlm(torch.stack([t.flatten(0, 1).T for t in trace], -1)).T.unflatten(0, a.shape[:2]).to(a.dtype)
         return TickState(z, trace,
                          self.sync_out.r() * s.alpha_out + self.sync_out.pair(z),
                          self.sync_act.r() * s.alpha_act + self.sync_act.pair(z),
@@ -507,6 +507,11 @@ class NanoCTM(nn.Module):
         if self.ctm is None:
             out = self.backbone.layers[-1].mlp(asking) if self.block == "ffn" else torch.zeros_like(asking)
             return Ticks((h + out)[:, :, None], None, None, None, None, cache)
+        with torch.autocast(u.device.type, torch.bfloat16, enabled=u.dtype == torch.bfloat16):   # the block's weights are fp32
+            return self._think(h, asking, u, places, cache, plastic, halt, m, where)
+
+    def _think(self, h: Tensor, asking: Tensor, u: Tensor, places: Places, cache: Cache, plastic: Tensor | None,
+               halt: float | None, m: Tensor | None, where: Tensor | None) -> Ticks:
         ctm, B = self.ctm, len(u)
         m = ctm.fresh_sync().expand(B, -1, -1) if m is None else m
         m = m.transpose(0, 1).unsqueeze(2).transpose(0, 1)                                      # (B, 2, 1, S)

@@ -205,7 +205,8 @@ def inherited_sync(model: NanoCTM, before: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def apply_baseline(model: NanoCTM, report: dict, step: int, world: int) -> None:
     """Move the running means, after the optimizer's step only: y_out per tick, and the surprise of a token."""
-    seen = torch.cat([report["y_out"].flatten(), torch.tensor([report.get("nats", float(model.ctm.mean_surprise))])])
+    surprise = torch.tensor([report.get("nats", float(model.ctm.mean_surprise))], device=report["y_out"].device)
+    seen = torch.cat([report["y_out"].flatten(), surprise])
     if world > 1:
         dist.all_reduce(seen)
         seen = seen / world

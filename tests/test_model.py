@@ -230,6 +230,19 @@ def test_qwen_unet_has_the_widths_and_the_size_of_the_design():
     assert 590e6 < sum(p.numel() for p in model.backbone.parameters()) < 600e6
 
 
+def test_a_bfloat16_backbone_thinks_in_bfloat16_with_fp32_sums(model):
+    tokens = some_tokens(model, 2, 20)
+    exact = model(tokens)
+    model.backbone.to(torch.bfloat16)
+    state = model.ctm.start(model.trunk(tokens)[1])
+    thought = model(tokens)
+    assert thought.hidden.dtype == state.z.dtype == torch.bfloat16                              # nothing promoted the block
+    assert thought.keys.dtype == thought.delta_alpha.dtype == torch.float32
+    assert (thought.hidden - exact.hidden).pow(2).mean().sqrt() < 0.1 * exact.hidden.pow(2).mean().sqrt()
+    step = model(tokens[:, 10:], model(tokens[:, :10]).cache)
+    assert (step.hidden - thought.hidden[:, 10:]).float().pow(2).mean().sqrt() < 0.1 * exact.hidden.pow(2).mean().sqrt()
+
+
 def test_checkpointed_ticks_give_the_same_gradients():
     grads = []
     for keep in (False, True):
