@@ -63,7 +63,7 @@ class HeldOut:
         return torch.stack([torch.from_numpy(self.ids[s:s + T]) for s in starts])
 
     def bytes_predicted(self, tokens: Tensor) -> int:
-        return sum(len(self.words.decode(row[1:]).encode()) for row in tokens.tolist())
+        return sum(len(self.words.decode([t for t in row[1:] if t != self.words.eot]).encode()) for row in tokens.tolist())
 
 
 @torch.no_grad()
@@ -287,19 +287,20 @@ def card() -> dict:
     folder = Path(base).parent
     (folder / "backbone").mkdir(parents=True, exist_ok=True)
     runs = {"backbone": "tiny_phase1", "graft": "tiny_phase2", "ffn": "tiny_ffn"}
-    files = {"tiny_phase1/best/model.safetensors": "backbone/model.safetensors", "tiny_phase1/best/config.json": "backbone/config.json",
-             "tiny_phase2/best/graft.safetensors": "graft.safetensors", "tiny_ffn/best/graft.safetensors": "ffn.safetensors"}
+    files = {"tiny_phase1/last/model.safetensors": "backbone/model.safetensors", "tiny_phase1/last/config.json": "backbone/config.json",
+             "tiny_phase2/last/graft.safetensors": "graft.safetensors", "tiny_ffn/last/graft.safetensors": "ffn.safetensors"}
     about = {"files": {}}
     for source, target in files.items():
         if not (Path("out") / source).exists():
             raise ValueError(f"expected out/{source}, found none: run `make tiny` first")
         shutil.copy(Path("out") / source, folder / target)
         about["files"][target] = hashlib.sha256((folder / target).read_bytes()).hexdigest()
+    if Path("out/tokenizer/ranks.json").exists():
+        shutil.copy("out/tokenizer/ranks.json", folder / "ranks.json")
     about["files"]["ranks.json"] = hashlib.sha256((folder / "ranks.json").read_bytes()).hexdigest()
     for name, run in runs.items():
         log = [json.loads(line) for line in (Path("out") / run / "log.jsonl").read_text().splitlines()]
-        about[name] = log[0]["run"] | {"minutes": round(log[-1]["minutes"], 1), "kept": json.loads(
-            (Path("out") / run / "best" / "state.json").read_text())["step"], "figures": [e for e in log if "val" in e][-1]}
+        about[name] = log[0]["run"] | {"minutes": round(log[-1]["minutes"], 1), "figures": [e for e in log if "val" in e][-1]}
     about["text_sha256"] = HeldOut(data.Tokenizer(str(folder))).sha256
     (folder / "card.json").write_text(json.dumps(about, indent=1))
     return about

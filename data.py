@@ -8,7 +8,7 @@ Three kinds of reading material, all of them reproducible from a seed:
 
 Left out on purpose: this file knows nothing of the model. It deals in strings, token ids and numpy arrays.
 
-    python data.py --source=my.txt --tokenizer=Qwen/Qwen3-0.6B --out=data/my        -> data/my.bin, data/my.json
+    python data.py --source=my.txt --tokenizer=Qwen/Qwen3-0.6B --out=data/my        -> train.bin, val.bin, meta.json
     python data.py --source=hub:roneneldan/TinyStories --text_key=text --limit=100000 --out=data/stories
 
 Letters: B batch, T tokens, V vocabulary.
@@ -40,7 +40,7 @@ SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 class Tokenizer:
     """Encode text to ids and back; special tokens in the text become their single ids.
 
-    `name` is a folder holding a `tokenizer.json`, or a Hugging Face name. Raises ValueError with one line when
+    `name` is a folder holding a `ranks.json`, or a Hugging Face name. Raises ValueError with one line when
     there is neither.
     """
 
@@ -297,6 +297,12 @@ class FactWorld:
         relation = RELATIONS[self.rng.choice(sorted(RELATIONS))]
         return self.rng.choice(relation.small_talk).format(v=self.rng.choice(relation.values))
 
+    def chatter(self) -> str:
+        """A paragraph of ordinary text that comes back to a few words, so that all of them are copied at times."""
+        relation = RELATIONS[self.rng.choice(sorted(RELATIONS))]
+        topics = self.rng.sample(relation.values, 3)
+        return " ".join(self.rng.choice(relation.small_talk).format(v=self.rng.choice(topics)) for _ in range(8))
+
     def _word(self, wordings: tuple[str, ...], held_out: bool) -> str:
         return self.rng.choice(wordings[-WORDINGS_HELD_OUT:] if held_out else wordings[:-WORDINGS_HELD_OUT])
 
@@ -416,6 +422,7 @@ def write_tokens(source: str, tokenizer: Tokenizer, folder: Path, text_key: str 
     """
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)
     count, digest = {"train": 0, "val": 0}, hashlib.sha256()
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         for i, doc in enumerate(tqdm(documents(source, text_key), desc=f"tokenize {source}", unit=" docs", disable=None)):
@@ -466,7 +473,7 @@ class Mixture:
             raise ValueError(f"expected T of at least 128 for fact sessions, found {T}: raise T or set text_share=1.0")
         self.tokenizer, self.text, self.T, self.seed, self.split = tokenizer, text, T, seed, split
         self.text_share, self.told_share, self.curriculum = text_share, told_share, curriculum
-        self.lexicon = lexicon(tokenizer.decode(text.tolist())) if split == "train" and text_share < 1 else None
+        self.lexicon = lexicon(tokenizer.decode(text[:1_000_000].tolist())) if split == "train" and text_share < 1 else None
 
     def batch(self, rows: int, *key: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """-> tokens (rows, T) int64, padded with -1; weight (rows, T) of predicting each token's successor; and
@@ -483,7 +490,7 @@ class Mixture:
         T, ones = self.T, np.ones(self.T, np.float32)
         ones[-1] = 0                                                # the last token's successor is not in the row
         if rng.random() < SMALL_TALK_SHARE:
-            talk = [self.tokenizer.encode(" ".join(world.small_talk() for _ in range(T // 4)))[:T] for _ in range(2)]
+            talk = [self.tokenizer.encode("\n".join(world.chatter() for _ in range(T // 32)))[:T] for _ in range(2)]
             return np.array(talk[0]), ones, np.array(talk[1])
         at = rng.randrange(T, len(self.text) - T)
         return self.text[at:at + T].astype(np.int64), ones, self.text[at - T:at].astype(np.int64)
@@ -524,7 +531,7 @@ def lexicon(text: str) -> list[str]:
 
 
 SESSION_SIZES = (1, 2, 3, 4, 6, 8)      # facts per session
-SMALL_TALK_SHARE = 0.3                 # of the text rows
+SMALL_TALK_SHARE = 0.5                 # of the text rows
 
 
 def train_tiny_tokenizer(n_vocab: int, folder: Path) -> Tokenizer:

@@ -75,11 +75,13 @@ class SessionMemory:
 
 
 def read_session(model: NanoCTM, tokens: torch.Tensor, chunk: int = 32) -> SessionMemory:
-    """Read tokens (B, T), padding < 0, through one chunk after another with carried sync; the trunk sees all of them."""
-    session, cache = SessionMemory(model, len(tokens), chunk), Cache()
+    """Read one whole session per row, tokens (B, T) with padding < 0, chunk after chunk with carried sync, to its end."""
+    session, cache, at = SessionMemory(model, len(tokens), chunk), Cache(), 0
     following = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], 1)
-    for at in range(0, tokens.shape[1], chunk):
-        thought = model(tokens[:, at:at + chunk], cache, m=session.m)
-        session.observe(thought, following[:, at:at + chunk])
-        cache = thought.cache
+    while at < tokens.shape[1]:
+        n = session.room()
+        thought = model(tokens[:, at:at + n], cache, m=session.m)
+        session.observe(thought, following[:, at:at + n])
+        cache, at = thought.cache, at + n
+    session.close()
     return session

@@ -12,6 +12,7 @@ Sources: Continuous Thought Machines (arXiv:2505.05522), Qwen3 (arXiv:2505.09388
 
 Letters: B batch, T tokens, D width = neurons, K ticks, M history, S sync channels, H heads, V vocabulary, N = B*T.
 """
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -386,15 +387,17 @@ class CTMBlock(nn.Module):
     def start(self, u: Tensor) -> TickState:
         B, T, D = u.shape
         zero = torch.zeros(B, T, self.config.sync, device=u.device)
-        return TickState(self.start_z.to(u.dtype).expand(B, T, D), tuple(s.to(u.dtype).expand(B, T, D) for s in self.start_trace),
-                         zero, zero, zero[0, 0], zero[0, 0])
 
-    def tick(self, k: int, s: TickState, kv: KV, m: Tensor, places: Places) -> TickState:
-        """One tick of every token's thought: the only tick there is, for training, prefill and decoding alike."""
+        def everywhere(x: Tensor) -> Tensor:                        # of one layout at every tick, so that one compiled tick serves
+            return x.to(u.dtype).expand(B, T, D).contiguous()
+        return TickState(everywhere(self.start_z), tuple(map(everywhere, self.start_trace)), zero, zero.clone(), zero[0, 0], zero[0, 0])
+
+    def tick(self, e_k: Tensor, s: TickState, kv: KV, m: Tensor, places: Places) -> TickState:
+        """One tick, with its embedding e_k (D,), of every token's thought: for training, prefill and decoding alike."""
         y_act = self.sync_act.read(s.alpha_act, s.beta_act, m[:, 1])                            # (B, T, S)
         q = self.q_norm(heads(self.q_proj(y_act.to(s.z.dtype)), self.config.head_dim)).transpose(1, 2)
         seen = places.attend(rotate(q, places.cos, places.sin), *kv)                            # (B, T, D)
-        mixed = torch.cat([seen, s.z + self.tick_embedding[k].to(s.z.dtype)], -1)
+        mixed = torch.cat([seen, s.z + e_k.to(s.z.dtype)], -1)
         a = s.z + self.synapse(mixed).to(s.z.dtype)
         trace = (*s.trace[1:], a)
         z = self.nlm(torch.stack([t.flatten(0, 1).T for t in trace], -1)).T.unflatten(0, a.shape[:2]).to(a.dtype)
@@ -466,13 +469,17 @@ def take(x: Tensor, where: Tensor) -> Tensor:
 
 
 class Ticks(NamedTuple):
-    """All ticks of a thought before anybody asks how good they are: what training needs."""
-    hidden: Tensor                      # (B, T, K', D)
-    keys: Tensor | None                 # (B, T, K', S)
+    """All ticks of a thought before anybody asks how good they are: what training needs. K' < K when all have halted."""
+    h: Tensor                           # (B, T, D) the residual stream that the block adds to
+    out: Tensor                         # (B, T, K', D) what it adds
     y_out: Tensor | None                # (B, T, K', S) the keys before centring
-    delta_alpha: Tensor | None          # (B, T, K', 2, S) running sums
-    delta_beta: Tensor | None           # (K', 2, S)
+    delta_alpha: Tensor | None          # (B, T, 2, S) sums at a token's last tick: read-out, query
+    delta_beta: Tensor | None
     cache: Cache
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.h[:, :, None] + self.out
 
 
 class NanoCTM(nn.Module):
@@ -504,38 +511,39 @@ class NanoCTM(nn.Module):
         `where` (B, n), only these positions think: no thought reads another's ticks, so training can skip the rest.
         """
         h, asking = (h, u) if where is None else (take(h, where), take(u, where))
-        if self.ctm is None:
-            out = self.backbone.layers[-1].mlp(asking) if self.block == "ffn" else torch.zeros_like(asking)
-            return Ticks((h + out)[:, :, None], None, None, None, None, cache)
         with torch.autocast(u.device.type, torch.bfloat16, enabled=u.dtype == torch.bfloat16):   # the block's weights are fp32
+            if self.ctm is None:
+                out = self.backbone.layers[-1].mlp(asking) if self.block == "ffn" else torch.zeros_like(asking)
+                return Ticks(h, out[:, :, None], None, None, None, cache)
             return self._think(h, asking, u, places, cache, plastic, halt, m, where)
 
     def _think(self, h: Tensor, asking: Tensor, u: Tensor, places: Places, cache: Cache, plastic: Tensor | None,
                halt: float | None, m: Tensor | None, where: Tensor | None) -> Ticks:
-        ctm, B = self.ctm, len(u)
-        m = ctm.fresh_sync().expand(B, -1, -1) if m is None else m
-        m = m.transpose(0, 1).unsqueeze(2).transpose(0, 1)                                      # (B, 2, 1, S)
+        ctm = self.ctm
+        m = (ctm.fresh_sync().expand(len(u), -1, -1) if m is None else m)[:, :, None]           # (B, 2, 1, S)
         kv = ctm.keys_values(u, places, cache.block)
         places = places if where is None else places.at(where)
         weight = ctm.c_proj.weight if plastic is None else ctm.c_proj.weight + plastic / math.sqrt(ctm.config.sync)
-        state, y_out, hidden, alphas, betas = ctm.start(asking), [], [], [], []
-        running = cache.real[:, -h.shape[1]:].clone()
+        state, y_out, outs, alpha, beta = ctm.start(asking), [], [], None, None
+        running = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+        if halt is not None and where is None:
+            running = running & cache.real[:, -h.shape[1]:]
         for k in range(ctm.config.ticks):
             if self.checkpoint_ticks and torch.is_grad_enabled():
-                state = checkpoint(ctm.tick, k, state, kv, m, places, use_reentrant=False)
+                state = checkpoint(ctm.tick, ctm.tick_embedding[k], state, kv, m, places, use_reentrant=False)
             else:
-                state = ctm.tick(k, state, kv, m, places)
+                state = ctm.tick(ctm.tick_embedding[k], state, kv, m, places)
             y_out.append(ctm.raw_key(state, m))
-            hidden.append(h + F.linear(ctm.key(k, y_out[-1]).to(h.dtype), weight.to(h.dtype)))
-            alphas.append(torch.stack([state.alpha_out, state.alpha_act], 2))
-            betas.append(torch.stack([state.beta_out, state.beta_act]))
+            outs.append(F.linear(ctm.key(k, y_out[-1]).to(h.dtype), weight.to(h.dtype)))
+            if halt is not None or k == ctm.config.ticks - 1:
+                a, b = torch.stack([state.alpha_out, state.alpha_act], 2), torch.stack([state.beta_out, state.beta_act])
+                alpha = a if alpha is None else torch.where(running[..., None, None], a, alpha)
+                beta = b.expand_as(a) if beta is None else torch.where(running[..., None, None], b, beta)
             if halt is not None:
-                running &= self.score(hidden[-1])[0] < halt
+                running = running & (self.score(h + outs[-1])[0] < halt)
                 if not running.any():
                     break
-        y_out = torch.stack(y_out, 2)
-        return Ticks(torch.stack(hidden, 2), rms(y_out - ctm.baseline[:y_out.shape[2]], ctm.eps), y_out, torch.stack(alphas, 2),
-                     torch.stack(betas), Cache(cache.layers, kv, cache.real))
+        return Ticks(h, torch.stack(outs, 2), torch.stack(y_out, 2), alpha, beta, Cache(cache.layers, kv, cache.real))
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V) through the final norm and the tied embedding."""
@@ -559,26 +567,27 @@ class NanoCTM(nn.Module):
         return torch.cat(certainty).view(hidden.shape[:-1]), torch.cat(nats).view(hidden.shape[:-1])
 
     def forward(self, tokens: Tensor, cache: Cache | None = None, plastic: Tensor | None = None, halt: float | None = None,
-                m: Tensor | None = None) -> Thought:
+                m: Tensor | None = None, where: Tensor | None = None) -> Thought:
         """Read (B, T) tokens (padding < 0), after those in `cache`, and think about each. See Thought and DESIGN §2.
 
         plastic (D, S): a memory W_m written beside c_proj. halt in (0, 1): stop at the first tick at least that certain.
-        m (B, 2, S): session sync to start from. Everything is per row; tokens are int64.
+        m (B, 2, S): session sync to start from. where (B, n): only these positions think, and T below is n. Everything
+        is per row; tokens are int64.
         """
         h, u, places, cache = self.trunk(tokens, cache)
-        t = self.ticks(h, u, places, cache, plastic, halt, m)
-        K = t.hidden.shape[2]
+        t = self.ticks(h, u, places, cache, plastic, halt, m, where)
+        hidden, K = t.hidden, t.out.shape[2]
         unknown = torch.full_like(tokens[:, :1], -1)
-        targets = torch.cat([tokens[:, 1:], unknown], 1).masked_fill(tokens < 0, -1)[:, :, None].expand(-1, -1, K)
-        certainty, nats = self.score(t.hidden, targets.clamp(min=0))
-        last = torch.full_like(tokens, K - 1)
+        targets = torch.cat([tokens[:, 1:], unknown], 1).masked_fill(tokens < 0, -1)
+        targets = (targets if where is None else targets.gather(1, where))[:, :, None].expand(-1, -1, K)
+        certainty, nats = self.score(hidden, targets.clamp(min=0))
         if halt is not None:
             passed = certainty >= halt
             last = torch.where(passed.any(-1), passed.int().argmax(-1), K - 1)
             certainty = certainty.masked_fill(torch.arange(K, device=tokens.device) > last[..., None], -1.0)
-        final = None if t.delta_alpha is None else (at_tick(t.delta_alpha, last), t.delta_beta[last])
-        return Thought(t.hidden, nats.masked_fill(targets < 0, float("nan")), certainty, certainty.argmax(-1), t.keys,
-                       *(final or (None, None)), t.cache, self)
+        keys = None if self.ctm is None else rms(t.y_out - self.ctm.baseline[:K], self.ctm.eps)
+        return Thought(hidden, nats.masked_fill(targets < 0, float("nan")), certainty, certainty.argmax(-1), keys,
+                       t.delta_alpha, t.delta_beta, t.cache, self)
 
     # -- learning signal
 
@@ -593,20 +602,21 @@ class NanoCTM(nn.Module):
         """½ nats at the best tick + ½ nats at the most certain tick (CTM, eq. 12), weighted mean over weight > 0.
 
         targets (B, T) int64, weight (B, T). Selection needs no gradient; it flows through the two chosen ticks.
-        Returns the loss and the true nats and mean tick of reading.
+        Returns the loss, and the unweighted nats and mean tick of reading.
         """
         where = weight > 0
-        hidden, target, w = ticks.hidden[where], targets[where], weight[where]                  # (n, K, D), (n,), (n,)
+        target, w = targets[where], weight[where]                                               # (n,)
+        hidden = ticks.h[where][:, None] + ticks.out[where]                                     # (n, K, D)
         n, K = hidden.shape[:2]
         if K == 1:
-            loss = (self.cross_entropy(hidden[:, 0], target) * w).sum() / w.sum()
-            return loss, {"nats": loss.item(), "read_tick": 0.0}
+            nats = self.cross_entropy(hidden[:, 0], target)
+            return (nats * w).sum() / w.sum(), {"nats": nats.mean().item(), "read_tick": 0.0}
         certainty, nats = self.score(hidden, target[:, None].expand(n, K))
         chosen = torch.cat([nats.argmin(-1), certainty.argmax(-1)])                             # (2n,)
         rows = torch.arange(n, device=hidden.device).repeat(2)
         both = self.cross_entropy(hidden[rows, chosen], target.repeat(2)).view(2, n)
         loss = (both.mean(0) * w).sum() / w.sum()
-        return loss, {"nats": ((both[1] * w).sum() / w.sum()).item(), "read_tick": chosen[n:].float().mean().item()}
+        return loss, {"nats": both[1].mean().item(), "read_tick": chosen[n:].float().mean().item()}
 
 
 HEAD_ENTRIES = {"cpu": 2**18, "cuda": 2**26, "meta": 2**26}         # logits held at once
@@ -614,13 +624,14 @@ HEAD_ENTRIES = {"cpu": 2**18, "cuda": 2**26, "meta": 2**26}         # logits hel
 
 def flops_per_token(b: BackboneConfig, c: ThoughtConfig, T: int) -> dict[str, int]:
     """FLOPs of one token's forward pass in a window of T: matrix products only, 2 per multiply-add, attention over all
-    T positions (a causal kernel does half). `block_*` are the parts of `block`; `head` is one reading by the LM head."""
+    T positions (a causal kernel does half). `block_*` are the parts of `block`. Certainty is read off the LM head at
+    every tick: the block's cost, but for the one reading, `head`, that every model needs."""
     D, K, S, h = b.hidden_size, c.ticks, c.sync, c.nlm_hidden
     q, kv = b.num_attention_heads * b.head_dim, b.num_key_value_heads * b.head_dim
     with torch.device("meta"):
         synapse = sum(2 * p.numel() for n, p in UNet(D, c).named_parameters() if p.dim() == 2)
     parts = {"block_synapse": K * synapse, "block_nlm": K * D * 4 * (c.history * h + h), "block_attention": K * 4 * T * D,
-             "block_projections": K * 4 * S * D + 4 * D * D}
+             "block_projections": K * 4 * S * D + 4 * D * D, "block_reading": (K - 1) * 2 * D * b.vocab_size}
     trunk = b.num_hidden_layers * (4 * D * (q + kv) + 4 * T * q) + (b.num_hidden_layers - 1) * 6 * D * b.intermediate_size
     return {"trunk": trunk, "ffn": 6 * D * b.intermediate_size, "block": sum(parts.values()), **parts,
             "head": 2 * D * b.vocab_size}
@@ -645,6 +656,9 @@ def generate(model: NanoCTM, tokens: Tensor, max_new_tokens: int, temperature: f
 
     Temperature 0 is greedy. Ends when every row has said `stop`. Raises ValueError when the context is too short.
     """
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0:
+        raise ValueError(f"expected max_new_tokens > 0, temperature >= 0 and top_k >= 0, found {max_new_tokens}, {temperature} "
+                         f"and {top_k}: change them")
     room = model.backbone.config.max_position_embeddings - (cache.real.shape[1] if cache else 0)
     longest = int((tokens >= 0).sum(1).max())
     if not longest or longest + max_new_tokens > room:
@@ -652,11 +666,11 @@ def generate(model: NanoCTM, tokens: Tensor, max_new_tokens: int, temperature: f
                          f"{max_new_tokens} to generate), found {longest}: shorten the prompt or lower max_new_tokens")
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
-        thought = model(tokens, cache, plastic, halt)
-        tick = thought.read_tick[:, -1:]
-        logits = model.head(at_tick(thought.hidden[:, -1:], tick)).float()[:, 0]                # (B, V)
+        at_end = torch.full_like(tokens[:, :1], tokens.shape[1] - 1) if tokens.shape[1] > 1 else None
+        thought = model(tokens, cache, plastic, halt, where=at_end)                             # only the last token thinks
+        tick, logits = thought.read_tick, thought.logits[:, 0]                                  # (B, 1), (B, V)
         token = pick(logits, temperature, top_k, generator).masked_fill(ended, -1)
-        yield Spoken(token, tick[:, 0], at_tick(thought.certainty[:, -1:], tick)[:, 0], thought.cache)
+        yield Spoken(token, tick[:, 0], at_tick(thought.certainty, tick)[:, 0], thought.cache)
         ended = ended | (token == stop) if stop is not None else ended
         if ended.all():
             return
@@ -698,7 +712,7 @@ def load_backbone(name: str, **settings) -> NanoCTM:
     model = NanoCTM(BackboneConfig.from_json(folder), **({"block": "ffn"} | settings))
     tensors = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        tensors |= _read_tensors(path)[0]
+        tensors |= read_tensors(path)[0]
     tensors = {k.removeprefix("model."): v for k, v in tensors.items() if k != "lm_head.weight"}
     model.backbone.to(next(iter(tensors.values())).dtype)
     _put(model.backbone, tensors, str(folder))
@@ -715,7 +729,7 @@ def _download(name: str) -> Path:
                          f"check the path or the network; for the tiny world run `python train.py config/tiny_phase1.py` first") from None
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """-> tensors by name, metadata. One line on a missing or damaged file."""
     if not path.is_file():
         raise ValueError(f"expected weights at {path}, found none: train them first (see README), or check the path")
@@ -746,14 +760,18 @@ def save_backbone(model: NanoCTM, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(model.backbone.config.to_json(), indent=1))
 
 
-def backbone_hash(model: NanoCTM) -> str:
-    """A short fingerprint of the frozen weights below the block, so that a graft finds its own base."""
-    import hashlib
+def fingerprint(module: nn.Module, without: str = " ") -> str:
+    """A short hash of a module's weights, but for names that start with `without`."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.backbone.state_dict().items()):
-        if not name.startswith(f"layers.{model.backbone.config.num_hidden_layers - 1}.mlp"):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(module.state_dict().items()):
+        if not name.startswith(without):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def backbone_hash(model: NanoCTM) -> str:
+    """Fingerprint of the frozen weights below the block, so that a graft finds its own base."""
+    return fingerprint(model.backbone, without=f"layers.{model.backbone.config.num_hidden_layers - 1}.mlp")
 
 
 def block_module(model: NanoCTM) -> nn.Module:
@@ -770,7 +788,7 @@ def save_graft(model: NanoCTM, path: Path, **notes: str) -> None:
 
 def load_graft(base: str, path: Path) -> NanoCTM:
     """A backbone with a saved graft (or a saved FFN) in its last layer; ValueError when they do not belong together."""
-    tensors, about = _read_tensors(Path(path))
+    tensors, about = read_tensors(Path(path))
     if not {"block", "thought", "backbone"} <= about.keys():
         raise ValueError(f"{path}: expected a graft of this project, found other weights: "
                          f"run `python train.py config/tiny_phase2.py` first")
@@ -779,5 +797,5 @@ def load_graft(base: str, path: Path) -> NanoCTM:
     if (found := backbone_hash(model)) != about["backbone"]:
         raise ValueError(f"{path}: expected the base it was trained on ({about['backbone']}), found {found} in {base}: "
                          f"use the backbone that belongs to it")
-    _put(block_module(model), tensors, str(path))
+    _put(block_module(model).float(), tensors, str(path))           # what was trained is fp32, whatever its base is
     return model

@@ -24,13 +24,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import configurator
 import data
 from memory import read_session
-from model import (HEAD_ENTRIES, BackboneConfig, NanoCTM, ThoughtConfig, Ticks, block_module, flops_per_token, load_backbone,
-                   load_graft, replies, save_backbone, save_graft, take)
+from model import (HEAD_ENTRIES, BackboneConfig, NanoCTM, ThoughtConfig, Ticks, block_module, fingerprint, flops_per_token, load_backbone,
+                   load_graft, read_tensors, replies, save_backbone, save_graft, take)
 
 # -----------------------------------------------------------------------------
 # settings, overridden by a config file and the command line
@@ -96,11 +96,13 @@ eval_questions = 32         # held-out questions per evaluation
 # -----------------------------------------------------------------------------
 # one process among several
 
-def start_processes() -> tuple[int, int]:
+def start_processes(where: str) -> tuple[int, int]:
     """-> rank, world size; one process when torchrun did not start us."""
     if "RANK" not in os.environ:
         return 0, 1
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if where == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if where == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -157,19 +159,19 @@ def learning_rate(step: int) -> float:
 # losses
 
 def step_loss(model: NanoCTM, batch: tuple, step: int) -> tuple[torch.Tensor, dict]:
-    """Loss of one micro-batch, and a report: true nats of the tick read, its mean index, the block's mean y_out."""
+    """Loss of one micro-batch, and a report: nats of the tick read, its mean index, the block's mean y_out."""
     tokens, weight, before = batch
     h, u, places, cache = model.trunk(tokens)
-    imitating = model.block == "ctm" and step < imitation_steps
+    imitating = model.ctm is not None and step < imitation_steps
     m = inherited_sync(model, before) if model.ctm and not imitating and inherits(step) else None
     where = thinking_tokens(weight) if model.ctm else None
     ticks = model.ticks(h, u, places, cache, m=m, where=where)
     following = torch.cat([tokens[:, 1:], tokens[:, :1]], 1).clamp(min=0)
     if where is not None:
-        h, u = take(h, where), take(u, where)
+        u = take(u, where)
         tokens, weight, following = (x.gather(1, where) for x in (tokens, weight, following))
     if imitating:
-        loss, report = imitation_loss(model, ticks, h, u, tokens >= 0), {}
+        loss, report = imitation_loss(model, ticks, u, tokens >= 0), {}
     else:
         loss, report = model.tick_loss(ticks, following, weight)
     if model.ctm:
@@ -183,12 +185,11 @@ def thinking_tokens(weight: torch.Tensor) -> torch.Tensor:
     return (weight + torch.rand(weight.shape).to(weight)).topk(n, 1).indices.sort(1).values
 
 
-def imitation_loss(model: NanoCTM, ticks: Ticks, h: torch.Tensor, u: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def imitation_loss(model: NanoCTM, ticks: Ticks, u: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Squared distance of every tick's output to the FFN's, relative to the power of the FFN's; 1 is saying nothing."""
     with torch.no_grad():
         wanted = model.backbone.layers[-1].mlp(u)[real].float()
-    said = (ticks.hidden - h[:, :, None])[real].float()             # (n, K, D)
-    return (said - wanted[:, None]).pow(2).mean() / wanted.pow(2).mean()
+    return (ticks.out[real].float() - wanted[:, None]).pow(2).mean() / wanted.pow(2).mean()
 
 
 def inherits(step: int) -> bool:
@@ -199,7 +200,9 @@ def inherits(step: int) -> bool:
 def inherited_sync(model: NanoCTM, before: torch.Tensor) -> torch.Tensor:
     """m (B, 2, S) after reading the end of what came before. No gradient here: phase 3 trains the carry."""
     with torch.no_grad():
-        return read_session(model, before[:, -64:]).m
+        real = (before >= 0).sum(1, keepdim=True)                   # rows are padded on the right: their last 64 tokens
+        last = real - 64 + torch.arange(64, device=before.device)
+        return read_session(model, before.gather(1, last.clamp(min=0)).masked_fill(last < 0, -1)).m
 
 
 @torch.no_grad()
@@ -236,7 +239,7 @@ def evaluate(model: NanoCTM, mixture: data.Mixture, device: str) -> dict[str, fl
 # checkpoints: model files that anybody can load, and the optimizer beside them
 
 def save(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, state: dict) -> None:
-    """Write a complete checkpoint into a neighbour folder, then swap it in: a crash leaves the old or the new one."""
+    """Write a complete checkpoint into a neighbour folder, then swap it in; a crash leaves a whole one, at worst as `.old`."""
     fresh = folder.with_suffix(".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -247,8 +250,12 @@ def save(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, state: 
     moments = {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
     save_file(moments, fresh / "optimizer.safetensors")
     (fresh / "state.json").write_text(json.dumps(state, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_suffix(".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, config: dict) -> dict:
@@ -256,14 +263,17 @@ def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, conf
     if not (folder / "state.json").exists():
         raise ValueError(f"--resume expected a checkpoint in {folder}, found none: start without --resume first")
     state = json.loads((folder / "state.json").read_text())
-    free = {"resume", "stop_at", "device", "out_dir", "compile", "checkpoint_ticks", "log_interval", "eval_interval"}
+    if state["processes"] != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(f"--resume expected {state['processes']} processes as before, found {os.environ.get('WORLD_SIZE', 1)}: "
+                         f"start as many, or the run would be another one")
+    free = {"resume", "stop_at", "lr", "min_lr", "clip", "device", "out_dir", "compile", "checkpoint_ticks", "log_interval", "eval_interval"}
     changed = [k for k, v in config.items() if k not in free and state["config"].get(k) != v]
     if changed:
         raise ValueError(f"--resume expected the settings of {folder}, found {changed[0]}={config[changed[0]]!r} instead of "
                          f"{state['config'].get(changed[0])!r}: resume with the same config")
     saved = load_backbone(str(folder)) if phase == 1 else load_graft(base, folder / "graft.safetensors")
     model.load_state_dict(saved.state_dict())
-    moments, own = load_file(folder / "optimizer.safetensors"), optimizer.state_dict()
+    (moments, _), own = read_tensors(folder / "optimizer.safetensors"), optimizer.state_dict()
     for name, value in moments.items():
         i, _, key = name.partition(".")
         own["state"].setdefault(int(i), {})[key] = value
@@ -277,7 +287,7 @@ def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, conf
 def report_needs() -> None:
     """Print parameters, FLOPs per token and an estimate of memory. Shapes only: nothing is downloaded or allocated."""
     shape = {k: globals()[k] for k in BackboneConfig.__dataclass_fields__ if k in globals()}
-    if phase > 1:
+    if base:
         local = Path(base) / "config.json"
         shape = asdict(BackboneConfig.from_json(Path(base)) if local.exists() else BackboneConfig())
         if not local.exists() and base != "Qwen/Qwen3-0.6B":
@@ -321,12 +331,24 @@ def header(config: dict, world: int) -> dict:
             "torch": torch.__version__, "config": config}
 
 
+def check_settings() -> None:
+    """ValueError in one line for what a type check cannot see."""
+    if phase not in (1, 2):
+        raise ValueError(f"expected phase 1 or 2, found {phase}: later phases come with the memory")
+    if device not in ("", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"expected device cpu, or cuda where there is one, found {device!r}: leave it empty to choose by itself")
+    for name in ("B", "T", "accumulation", "ticks", "history", "log_interval", "eval_interval", "eval_rows", "eval_questions"):
+        if globals()[name] < 1:
+            raise ValueError(f"expected {name} of at least 1, found {globals()[name]}: raise it")
+
+
 def main() -> None:
     config = configurator.configure(globals())
     if dry_run:
         return report_needs()
-    rank, world = start_processes()
+    check_settings()
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world = start_processes(where)
     if where == "cpu":
         torch.set_num_threads(1)                                    # more only pay on far larger models than the tiny one
     torch.manual_seed(seed)                                         # the same weights in every process
@@ -343,7 +365,7 @@ def main() -> None:
         model.ctm.tick = torch.compile(model.ctm.tick)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(learning)
-    folder, state = Path(out_dir), {"step": 0, "best": float("inf"), "config": config}
+    folder, state = Path(out_dir), {"step": 0, "best": float("inf"), "processes": world, "config": config}
     if resume:
         state = restore(model, optimizer, folder / "last", config) | {"config": config}
     log = Log(folder / "log.jsonl", rank, resume)
@@ -372,8 +394,7 @@ def main() -> None:
         average_gradients(learning, world)
         norm = torch.nn.utils.clip_grad_norm_(learning, clip)
         if not torch.isfinite(norm):
-            raise ValueError(f"expected a finite loss, found {total} with gradient norm {norm} at step {step}: {folder / 'last'} "
-                             f"is the last good checkpoint; lower lr or clip and resume from there")
+            raise ValueError(not_finite(f"loss {total} with gradient norm {norm}", step, folder))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if model.ctm:
@@ -381,6 +402,8 @@ def main() -> None:
 
         done = step + 1
         val = evaluate(model, held_out, where) if done % eval_interval == 0 or done == last_step else {}
+        if val and not math.isfinite(val["val"]):
+            raise ValueError(not_finite(f"held-out nats {val['val']}", step, folder))
         if val and rank == 0:
             state |= {"step": done, "minutes": before + (time.time() - begin) / 60}
             score = val["val"] + 1 - val["recall_8"]              # text and recall both count
@@ -394,7 +417,13 @@ def main() -> None:
                                        "tick": report.get("read_tick"), **val}, before + (time.time() - begin) / 60, seconds / log_interval, tokens_read / seconds)
             tokens_read = 0
     if world > 1:
+        print(f"weights of rank {rank}: {fingerprint(model.backbone if phase == 1 else block_module(model))}", flush=True)
         dist.destroy_process_group()
+
+
+def not_finite(found: str, step: int, folder: Path) -> str:
+    kept = f"{folder / 'last'} is the last good checkpoint: resume" if (folder / "last").exists() else "no checkpoint yet: start again"
+    return f"expected a finite loss, found {found} at step {step}; {kept} with a lower lr or clip"
 
 
 class Log:
@@ -425,5 +454,5 @@ class Log:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         configurator.stop(str(problem))

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 train.py config/tiny_phase2.py --block=ffn --out_dir=out/tiny_ffn     # the control
 """
 phase = 2
-base = "out/tiny_phase1/best"
+base = "out/tiny_phase1/last"
 out_dir = "out/tiny_phase2"
 tokenizer = "weights"
 text = "data/tiny"

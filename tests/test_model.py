@@ -1,14 +1,13 @@
 """Invariants 1 to 5 of DESIGN section 7, on random non-unit weights and several shapes."""
 import dataclasses
 import math
-import random
 
 import pytest
 import torch
 
 from memory import SessionMemory, dopamine, read_session
-from model import (BackboneConfig, Cache, NanoCTM, Sync, ThoughtConfig, backbone_hash, generate, load_backbone, load_graft,
-                   rms, save_backbone, save_graft)
+from model import (BackboneConfig, Cache, NanoCTM, Sync, ThoughtConfig, generate, load_backbone, load_graft,
+                   save_backbone, save_graft)
 
 SHAPES = {
     "grouped queries": (BackboneConfig(97, 64, 96, 3, 4, 2, 16, 1e-6, 1e4, 256), ThoughtConfig(4, 3, 64, 3, 32, 16, 32)),
@@ -157,6 +156,14 @@ def test_session_sums_of_decode_equal_those_of_chunked_prefill_with_padding(mode
     for name in ("alpha", "beta", "m"):
         assert (getattr(one, name) - getattr(many, name)).abs().max() < 1e-4, name
     assert not torch.allclose(one.m, SessionMemory(model, 3, chunk).m)
+
+
+def test_a_session_shorter_than_a_chunk_is_carried_too_whatever_its_padding(model):
+    tokens = some_tokens(model, 1, 7)
+    pad = torch.full((1, 5), -1)
+    alone = read_session(model, tokens, chunk=8).m
+    both = read_session(model, torch.cat([torch.cat([tokens, pad], 1), torch.cat([pad, tokens], 1)]), chunk=8).m
+    assert (both - alone).abs().max() < 1e-5 and not torch.allclose(alone[0], model.ctm.fresh_sync())
 
 
 def test_carried_sums_equal_the_formula_of_a_closed_chunk():

@@ -73,6 +73,8 @@ def test_two_processes_take_the_same_steps_together(world):
     run = phase2(world, "two", processes=2)
     assert run.returncode == 0, run.stderr
     assert not same_files(world / "two/last/graft.safetensors", world / "g1/last/graft.safetensors")
+    lines = [line for line in run.stdout.splitlines() if line.startswith("weights of rank")]
+    assert len(lines) == 2 and lines[0].split()[-1] == lines[1].split()[-1]                    # the same weights in both
 
 
 def test_the_control_trains_the_layers_own_ffn(world):
@@ -88,7 +90,8 @@ def test_the_control_trains_the_layers_own_ffn(world):
     (["--resume"], "--resume expected a checkpoint in"),
     (["--lr=1e30", "--clip=1e30", "--imitation_steps=0"], "is the last good checkpoint"),
     (["--block_head_dim=13"], "must divide the width"), (["--block=mlp"], "expected block 'ctm', 'ffn' or 'none'"),
-    (["--T=4000"], "give more text or a smaller T")])
+    (["--T=4000"], "give more text or a smaller T"), (["--phase=3"], "expected phase 1 or 2"), (["--B=0"], "expected B of at least 1"),
+    (["--device=gpu"], "expected device cpu")])
 def test_bad_input_ends_with_one_line(world, extra, said):
     run = phase2(world, "bad", *extra)
     assert run.returncode in (1, 2) and run.stderr.count("error:") == 1 and said in run.stderr, run.stderr
@@ -123,4 +126,5 @@ def test_flops_are_what_torch_counts(length):
         with FlopCounterMode(display=False) as block:
             model.ticks(*parts)
     said = flops_per_token(b, c, length)
-    assert (trunk.get_total_flops(), block.get_total_flops()) == (2 * length * said["trunk"], 2 * length * said["block"])
+    assert (trunk.get_total_flops(), block.get_total_flops()) == (
+        2 * length * said["trunk"], 2 * length * (said["block"] - said["block_reading"]))
