@@ -32,9 +32,9 @@ test: .venv/installed
 
 tiny: .venv/installed
 	$(RUN) data.py --train_vocab=2048 --tokenizer=out/tokenizer --out=data/tiny
-	$(TRAIN) config/tiny_phase1.py --tokenizer=out/tokenizer
-	$(TRAIN) config/tiny_phase2.py --tokenizer=out/tokenizer
-	$(TRAIN) config/tiny_phase2.py --tokenizer=out/tokenizer --block=ffn --out_dir=out/tiny_ffn
+	$(TRAIN) config/tiny_phase1.py
+	$(TRAIN) config/tiny_phase2.py
+	$(TRAIN) config/tiny_phase2.py --block=ffn --out_dir=out/tiny_ffn
 	$(RUN) bench.py card
 
 bench: .venv/installed

@@ -535,10 +535,16 @@ SMALL_TALK_SHARE = 0.5                 # of the text rows
 
 
 def train_tiny_tokenizer(n_vocab: int, folder: Path) -> Tokenizer:
-    """The tiny world's tokenizer: learned from the training half of the text, small talk and training sessions."""
+    """The tiny world's tokenizer: learned from the training half of the text, small talk and training sessions.
+
+    It never sees a held-out value: a word with a token of its own, which nothing else uses, is a word that a small model
+    cannot say (measured: 0.12 against 0.97 recalled, LOG.md). So they are spelled from pieces that other words share.
+    """
     train, _ = split_documents(tiny_documents())
     world = FactWorld(seed=0)
-    talk = " ".join(world.small_talk() for _ in range(40_000))   # values of both halves alike: one to three tokens each
+    held_out = {v for values in VALUES["held_out"].values() for v in values}
+    said = (world.small_talk() for _ in range(40_000))
+    talk = " ".join(s for s in said if not held_out & set(re.findall(r"\w+", s)))
     told = " ".join(world.tell(f._replace(value="it")) + " " + world.ask(f) for _ in range(2_000) for f in world.facts(4))
     roles = "\n".join(user_turn("") for _ in range(300)).replace("<|im_start|>", "").replace("<|im_end|>", "")
     return train_tokenizer("\n".join([*train, talk, told, roles]), n_vocab, folder)

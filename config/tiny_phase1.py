@@ -4,14 +4,14 @@
 """
 phase = 1
 out_dir = "out/tiny_phase1"
-tokenizer = "weights"
+tokenizer = "out/tokenizer"
 text = "data/tiny"
 text_share = 0.2
 told_share = 0.1
-curriculum = 1500
+curriculum = 1000
 B = 8                       # per process: 2 x 8 x 256 tokens a step
 T = 256
-max_steps = 5500
+max_steps = 3600
 lr = 3e-3
 min_lr = 1e-4
-eval_interval = 250
+eval_interval = 300

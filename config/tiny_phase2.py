@@ -6,7 +6,7 @@
 phase = 2
 base = "out/tiny_phase1/last"
 out_dir = "out/tiny_phase2"
-tokenizer = "weights"
+tokenizer = "out/tokenizer"
 text = "data/tiny"
 text_share = 0.4
 B = 8                       # per process
