@@ -54,8 +54,9 @@ class HeldOut:
     """Windows of the tiny world's held-out text: (rows, T) tokens per seed, and the bytes that they stand for."""
 
     def __init__(self, words: data.Tokenizer):
-        train, val = data.split_documents(data.tiny_documents())
-        self.sha256 = data.text_sha256(train + val)
+        docs = data.tiny_documents()
+        _, val = data.split_documents(docs)
+        self.sha256 = data.text_sha256(docs)
         self.words, self.ids = words, np.array(words.encode("".join(p + "<|endoftext|>" for p in val)))
 
     def windows(self, seed: int) -> Tensor:
@@ -274,9 +275,10 @@ def print_table(found: dict, by_tick: list[float], recovered: float, costs: list
         print(f"{name:28s} {v['mean']:9.4f} {v['sd']:8.4f}")
     print(f"{'recovered of the deletion':28s} {recovered:9.4f}")
     print("nats by tick                ", " ".join(f"{n:.3f}" for n in by_tick))
-    print(f"\n{'cost':8s} {'block FLOPs/token':>18s} {'of it attention':>16s} {'block us':>9s} {'trunk us':>9s}")
+    print(f"\n{'cost':8s} {'FLOPs/token':>12s} {'reading':>12s} {'attention':>12s} {'trunk':>12s} {'block us':>9s} {'trunk us':>9s}")
     for row in costs:
-        print(f"{row['shape']:8s} {row['block']:18,d} {row['block_attention']:16,d} {row['block_us']:9.1f} {row['trunk_us']:9.1f}")
+        print(f"{row['shape']:8s} {row['block']:12,d} {row['block_reading']:12,d} {row['block_attention']:12,d} {row['trunk']:12,d} "
+              f"{row['block_us']:9.1f} {row['trunk_us']:9.1f}")
 
 
 # -----------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def _read(path: str) -> dict:
         for node in ast.parse(Path(path).read_text()).body:
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
                 continue                                            # the docstring
-            if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+            if not isinstance(node, ast.Assign) or len(node.targets) > 1 or not isinstance(node.targets[0], ast.Name):
                 stop(f"{path}:{node.lineno}: expected `key = literal`, found something else: keep configs plain", 2)
             values[node.targets[0].id] = ast.literal_eval(node.value)
     except (SyntaxError, ValueError) as e:

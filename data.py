@@ -130,8 +130,9 @@ def split_documents(docs: list[str], held_out: float = 0.1) -> tuple[list[str], 
     return train, val
 
 
-def text_sha256(pieces: list[str]) -> str:
-    return hashlib.sha256("\0".join(pieces).encode()).hexdigest()
+def text_sha256(docs: list[str]) -> str:
+    """What a token file's meta.json says of the same documents."""
+    return hashlib.sha256("".join(docs).encode()).hexdigest()
 
 
 # -----------------------------------------------------------------------------

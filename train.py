@@ -306,10 +306,11 @@ def report_needs() -> None:
     widths = sum(2 * layer.out_features for layer in [*model.ctm.synapse.down, *model.ctm.synapse.up]) if grafted else 0
     D, K, S, h = b.hidden_size, c.ticks, c.sync, c.nlm_hidden
     one_tick = n * 2 * (3 * widths + D * (2 * c.history + 6 * h + 8)) if grafted else B * T * 2 * 8 * b.intermediate_size
-    all_ticks = n * K * (2 * 3 * D + 4 * 6 * S) if grafted else 0   # z, a and hidden in bf16; sums and keys in fp32
+    all_ticks = n * K * (2 * 4 * D + 4 * 10 * S) if grafted else 0  # z, a and outputs in bf16; sums and keys in fp32
+    cached = B * T * 2 * 2 * b.num_hidden_layers * b.num_key_value_heads * b.head_dim
     memory = {"frozen weights, bf16": 2 * frozen, "learning: weights, gradients, two moments, fp32": 16 * learning,
               "kept of every tick": all_ticks, "one tick, recomputed backwards" if checkpoint_ticks else "ticks, all kept":
-              one_tick * (1 if checkpoint_ticks or not grafted else K), "logits in flight": 3 * 4 * HEAD_ENTRIES["cuda"],
+              one_tick * (1 if checkpoint_ticks or not grafted else K), "keys and values of the trunk": cached, "logits in flight": 3 * 4 * HEAD_ENTRIES["cuda"],
               "trunk, a layer at a time": B * T * 2 * (8 * D + 3 * b.intermediate_size) * (b.num_hidden_layers if phase == 1 else 2)}
     print(f"parameters: {frozen:,} frozen, {learning:,} trainable")
     print(f"FLOPs per token, forward: {forward:,.0f} (trunk {flops['trunk']:,}, "
@@ -378,8 +379,9 @@ def main() -> None:
     begin, before = time.time(), state.get("minutes", 0.0)
     if max_steps == 0:
         log.say(" | ".join(f"{k} {v:.4f}" for k, v in evaluate(model, held_out, where).items()))
-    clock, seconds, tokens_read = time.time(), 0.0, 0
+    busy, counted, tokens_read = 0.0, 0, 0                          # seconds of training, evaluation not counted
     for step in range(state["step"], last_step):
+        clock = time.time()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         torch.manual_seed(seed + 1000 * step + 10**9 * rank)        # chance is a function of the step: resume is exact
@@ -401,6 +403,7 @@ def main() -> None:
             apply_baseline(model, report, step, world)
 
         done = step + 1
+        busy, counted = busy + time.time() - clock, counted + 1     # norm and loss were read: the device has finished
         val = evaluate(model, held_out, where) if done % eval_interval == 0 or done == last_step else {}
         if val and not math.isfinite(val["val"]):
             raise ValueError(not_finite(f"held-out nats {val['val']}", step, folder))
@@ -412,10 +415,9 @@ def main() -> None:
                 save(model, optimizer, folder / "best", state)
             save(model, optimizer, folder / "last", state)
         if val or done % log_interval == 0:
-            seconds, clock = time.time() - clock, time.time()
             log.step(done, max_steps, {"loss": total, "nats": report.get("nats"), "lr": learning_rate(step), "norm": norm.item(),
-                                       "tick": report.get("read_tick"), **val}, before + (time.time() - begin) / 60, seconds / log_interval, tokens_read / seconds)
-            tokens_read = 0
+                                       "tick": report.get("read_tick"), **val}, before + (time.time() - begin) / 60, busy / counted, tokens_read / busy)
+            busy, counted, tokens_read = 0.0, 0, 0
     if world > 1:
         print(f"weights of rank {rank}: {fingerprint(model.backbone if phase == 1 else block_module(model))}", flush=True)
         dist.destroy_process_group()

@@ -38,7 +38,8 @@ def test_bad_options_end_with_one_line_and_status_2(argv, said, capsys):
 
 
 @pytest.mark.parametrize("text, said", [("steps = 1\nstepz = 2\n", "unknown key 'stepz' in"), ("import os\n", "expected `key = literal`"),
-                                        ("steps = open('x')\n", "expected `key = literal`"), ("steps = = 1\n", "expected `key = literal`")])
+                                        ("steps = open('x')\n", "expected `key = literal`"), ("steps = = 1\n", "expected `key = literal`"),
+                                        ("steps = name = 1\n", "expected `key = literal`")])
 def test_bad_config_files_end_with_one_line_and_status_2(tmp_path, text, said, capsys):
     (tmp_path / "c.py").write_text(text)
     with pytest.raises(SystemExit) as end:
