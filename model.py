@@ -598,8 +598,12 @@ class NanoCTM(nn.Module):
         n = self.rows_at_once(hidden)
         return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in zip(hidden.split(n), targets.split(n))])
 
-    def tick_loss(self, ticks: Ticks, targets: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """½ nats at the best tick + ½ nats at the most certain tick (CTM, eq. 12), weighted mean over weight > 0.
+    def tick_loss(self, ticks: Ticks, targets: Tensor, weight: Tensor, other: str = "any") -> tuple[Tensor, dict[str, float]]:
+        """½ nats at the most certain tick + ½ nats at another one, as a weighted mean over weight > 0.
+
+        other "best": the tick of the lowest nats, as the CTM does it (eq. 12). On text, whose next token is never certain,
+        eight guesses then learn to differ, and the tick that is read pays for it (LOG.md). other "any": a tick drawn by
+        chance, so that in the mean every tick learns to predict.
 
         targets (B, T) int64, weight (B, T). Selection needs no gradient; it flows through the two chosen ticks.
         Returns the loss, and the unweighted nats and mean tick of reading.
@@ -612,7 +616,8 @@ class NanoCTM(nn.Module):
             nats = self.cross_entropy(hidden[:, 0], target)
             return (nats * w).sum() / w.sum(), {"nats": nats.mean().item(), "read_tick": 0.0}
         certainty, nats = self.score(hidden, target[:, None].expand(n, K))
-        chosen = torch.cat([nats.argmin(-1), certainty.argmax(-1)])                             # (2n,)
+        companion = nats.argmin(-1) if other == "best" else torch.randint(K, (n,)).to(hidden.device)
+        chosen = torch.cat([companion, certainty.argmax(-1)])                                   # (2n,)
         rows = torch.arange(n, device=hidden.device).repeat(2)
         both = self.cross_entropy(hidden[rows, chosen], target.repeat(2)).view(2, n)
         loss = (both.mean(0) * w).sum() / w.sum()

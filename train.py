@@ -77,6 +77,7 @@ weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
 clip = 1.0                  # norm of the gradient at most
+other_tick = "any"          # phase 2, the tick loss beside the most certain tick: "any" by chance, or the "best"
 thinking_share = 1.0        # phase 2: share of a row's tokens that think at a step; the block costs that much less
 inherited_share = 0.3       # phase 2: steps that start from an earlier session's sync
 baseline_rate = 0.01        # of the running mean of y_out
@@ -173,7 +174,7 @@ def step_loss(model: NanoCTM, batch: tuple, step: int) -> tuple[torch.Tensor, di
     if imitating:
         loss, report = imitation_loss(model, ticks, u, tokens >= 0), {}
     else:
-        loss, report = model.tick_loss(ticks, following, weight)
+        loss, report = model.tick_loss(ticks, following, weight, other_tick)
     if model.ctm:
         report["y_out"] = ticks.y_out[tokens >= 0].detach().mean(0)
     return loss, report
@@ -336,6 +337,8 @@ def check_settings() -> None:
     """ValueError in one line for what a type check cannot see."""
     if phase not in (1, 2):
         raise ValueError(f"expected phase 1 or 2, found {phase}: later phases come with the memory")
+    if other_tick not in ("any", "best"):
+        raise ValueError(f"expected other_tick 'any' or 'best', found {other_tick!r}: choose one of the two")
     if device not in ("", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"expected device cpu, or cuda where there is one, found {device!r}: leave it empty to choose by itself")
     for name in ("B", "T", "accumulation", "ticks", "history", "log_interval", "eval_interval", "eval_rows", "eval_questions"):

@@ -277,7 +277,7 @@ def test_tick_loss_is_the_mean_of_the_best_and_the_most_certain_tick():
     thought = model(tokens)
     weight = torch.ones(2, 16)
     weight[:, -1] = 0
-    loss, report = model.tick_loss(model.ticks(*model.trunk(tokens)), tokens.roll(-1, 1), weight)
+    loss, report = model.tick_loss(model.ticks(*model.trunk(tokens)), tokens.roll(-1, 1), weight, "best")
     expected = (thought.tick_nats.min(-1).values + thought.nats)[:, :-1].mean() / 2
     assert torch.allclose(loss, expected, atol=1e-5) and report["nats"] == pytest.approx(thought.nats[:, :-1].mean().item(), abs=1e-5)
 
