@@ -25,7 +25,8 @@ demo: .venv/installed
 	@echo "--- real text, continued"
 	@$(RUN) sample.py --start="Return the name of the " --max_new_tokens=40
 	@echo "--- facts in the prompt, asked in other words; every token with its tick and certainty"
-	@$(RUN) sample.py --chat --show=ticks --start="Fendan works as a florist. Velrus works as a ranger. Fendan keeps a trout. What work does Velrus have?"
+	@printf '%s\n' "Fenlix works as a florist. Marvas works as a ranger. Fenlix keeps a trout. Keltin works as a grocer." \
+	  "What work does Marvas have?" "What animal does Fenlix keep?" | $(RUN) sample.py --chat --show=ticks
 
 test: .venv/installed
 	$(RUN) -m pytest -q

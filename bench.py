@@ -86,7 +86,7 @@ def next_tokens(tokens: Tensor) -> Tensor:
 
 def calibration_error(sure: Tensor, right: Tensor, bins: int = 15) -> float:
     """Expected calibration error over bins of equal mass (arXiv:1706.04599, with the bins of arXiv:1904.01685)."""
-    order = sure.argsort()
+    order = sure.argsort(stable=True)
     return sum(abs(float(sure[b].mean() - right[b].float().mean())) * len(b) / len(sure) for b in order.chunk(bins))
 
 
@@ -100,9 +100,9 @@ def halted(certainty: Tensor, nats: Tensor, threshold: float) -> tuple[float, fl
 
 
 def choose_threshold(certainty: Tensor, nats: Tensor) -> float:
-    """The lowest threshold whose cost in nats stays within half a percent, on text that is not measured on."""
+    """The lowest threshold whose cost in nats stays within 0.8 percent, on text that is not measured on."""
     _, all_ticks = halted(certainty, nats, 1.1)
-    return min((t for t in np.linspace(0.05, 0.99, 95) if halted(certainty, nats, t)[1] <= 1.005 * all_ticks), default=1.1)
+    return min((t for t in np.linspace(0.05, 0.99, 95) if halted(certainty, nats, t)[1] <= 1.008 * all_ticks), default=1.1)
 
 
 def text_figures(models: dict[str, NanoCTM], held_out: HeldOut, seed: int) -> dict[str, float | list[float]]:

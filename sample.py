@@ -2,7 +2,7 @@
 
     python sample.py --start="The following" --max_new_tokens=40
     python sample.py --chat                                     # a conversation on standard input
-    python sample.py --chat --start="Bramo keeps a goat. What pet does Bramo have?" --show=ticks
+    python sample.py --chat --start="Marvas keeps a goat." --show=ticks
 
 Left out so far: a memory beyond the context (--memory on comes with the store).
 """

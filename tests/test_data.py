@@ -107,7 +107,7 @@ def test_answers_are_learned_whole_and_values_told_before_weigh_most(words):
 
 
 def test_a_session_is_encoded_as_its_whole_text_is(words):
-    mix, world = data.Mixture(words, np.arange(5000), 256, 0.0, 0.0, seed=1), data.FactWorld(5)
+    mix, world = data.Mixture(words, np.arange(5000) % 2000, 256, 0.0, 0.0, seed=1), data.FactWorld(5)
     for _ in range(50):
         pieces = world.session(4, 3)
         assert mix.encode_session(pieces)[0][:-1] == words.encode("".join(text for text, _ in pieces))
