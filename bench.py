@@ -1,6 +1,6 @@
 """Every number that the README claims, measured again.
 
-    python bench.py quality             # the tiny weights, about 3 minutes on 2 cores
+    python bench.py quality             # the tiny weights, about a minute
     python bench.py quality --full      # and the question "depth or thinking time?", trained on the spot (an hour)
     python bench.py card                # after `make tiny`: copy what was trained into weights/, with its card
 
@@ -291,7 +291,7 @@ def card() -> dict:
     runs = {"backbone": "tiny_phase1", "graft": "tiny_phase2", "ffn": "tiny_ffn"}
     files = {"tiny_phase1/last/model.safetensors": "backbone/model.safetensors", "tiny_phase1/last/config.json": "backbone/config.json",
              "tiny_phase2/last/graft.safetensors": "graft.safetensors", "tiny_ffn/last/graft.safetensors": "ffn.safetensors"}
-    about = {"files": {}}
+    about = {"command": "make tiny", "files": {}}                   # the Makefile spells it out; each run's config is below
     for source, target in files.items():
         if not (Path("out") / source).exists():
             raise ValueError(f"expected out/{source}, found none: run `make tiny` first")
