@@ -265,11 +265,11 @@ class FactWorld:
         self.rng, self.names, self.values, self.lexicon = random.Random(seed), NAMES[split], VALUES[split], lexicon
         self.variety = 1.0                                          # share of statements not worded like answers
 
-    def facts(self, n: int, n_relations: int | None = None, names: list[str] | None = None) -> list[Fact]:
+    def facts(self, n: int) -> list[Fact]:
         """`n` facts with distinct (name, relation): few relations over many people, so relations collide."""
-        relations = self.rng.sample(sorted(RELATIONS), n_relations or self.rng.randint(1, max(1, min(n // 2, len(RELATIONS)))))
+        relations = self.rng.sample(sorted(RELATIONS), self.rng.randint(1, max(1, min(n // 2, len(RELATIONS)))))
         n_people = self.rng.randint(-(-n // len(relations)), n)
-        people = self.rng.sample(names or self.names, n_people)
+        people = self.rng.sample(self.names, n_people)
         slots = [(p, r) for p in people for r in relations]
         return [Fact(p, r, self._value(r)) for p, r in self.rng.sample(slots, n)]
 

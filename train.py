@@ -17,7 +17,6 @@ import platform
 import resource
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path

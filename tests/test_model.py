@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memory import SessionMemory, dopamine, read_session
-from model import (BackboneConfig, Cache, NanoCTM, Sync, ThoughtConfig, generate, load_backbone, load_graft,
+from model import (BackboneConfig, NanoCTM, Sync, ThoughtConfig, generate, load_backbone, load_graft,
                    save_backbone, save_graft)
 
 SHAPES = {
