@@ -77,10 +77,6 @@ def of(thoughts: list[Thought], name: str) -> Tensor:
     return torch.cat([getattr(t, name)[:, :-1] for t in thoughts])
 
 
-def next_tokens(tokens: Tensor) -> Tensor:
-    return tokens[:, 1:]
-
-
 # -----------------------------------------------------------------------------
 # figures of one sample of text
 
@@ -121,7 +117,7 @@ def text_figures(models: dict[str, NanoCTM], held_out: HeldOut, seed: int) -> di
     found["halt_nats"] = float(of(short, "nats").mean())
     top = torch.cat([t.logits[:, :-1].softmax(-1).max(-1).values for t in thought])
     best = torch.cat([t.logits[:, :-1].argmax(-1) for t in thought])
-    found["calibration_ece"] = calibration_error(top.flatten(), (best == next_tokens(tokens)).flatten())
+    found["calibration_ece"] = calibration_error(top.flatten(), (best == tokens[:, 1:]).flatten())
     return found
 
 

@@ -130,7 +130,7 @@ def build_model() -> NanoCTM:
         return model
     if not base:
         raise ValueError("phase 2 expected base, found none: run `python train.py config/tiny_phase1.py` first, then set "
-                         "--base=out/tiny_phase1/best, or --base=Qwen/Qwen3-0.6B")
+                         "--base=out/tiny_phase1/last, or --base=Qwen/Qwen3-0.6B")
     model = load_backbone(base, thought=thought_config(), block=block)
     model.requires_grad_(False)
     block_module(model).float().requires_grad_(True)
@@ -256,6 +256,14 @@ def save(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, state: 
         folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def keep(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, state: dict, score: float) -> None:
+    """Save as folder/last, and as folder/best too when no earlier score was as low."""
+    if score < state["best"]:
+        state["best"] = score
+        save(model, optimizer, folder / "best", state)
+    save(model, optimizer, folder / "last", state)
 
 
 def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, config: dict) -> dict:
@@ -411,11 +419,7 @@ def main() -> None:
             raise ValueError(not_finite(f"held-out nats {val['val']}", step, folder))
         if val and rank == 0:
             state |= {"step": done, "minutes": before + (time.time() - begin) / 60}
-            score = val["val"] + 1 - val["recall_8"]              # text and recall both count
-            if score < state["best"]:
-                state["best"] = score
-                save(model, optimizer, folder / "best", state)
-            save(model, optimizer, folder / "last", state)
+            keep(model, optimizer, folder, state, score=val["val"] + 1 - val["recall_8"])       # text and recall both count
         if val or done % log_interval == 0:
             log.step(done, max_steps, {"loss": total, "nats": report.get("nats"), "lr": learning_rate(step), "norm": norm.item(),
                                        "tick": report.get("read_tick"), **val}, before + (time.time() - begin) / 60, busy / counted, tokens_read / busy)

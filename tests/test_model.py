@@ -282,6 +282,16 @@ def test_tick_loss_is_the_mean_of_the_best_and_the_most_certain_tick():
     assert torch.allclose(loss, expected, atol=1e-5) and report["nats"] == pytest.approx(thought.nats[:, :-1].mean().item(), abs=1e-5)
 
 
+def test_a_tick_by_chance_stands_for_the_mean_over_ticks():
+    model = randomised("more pairs than neurons")
+    tokens, weight = some_tokens(model, 2, 16), torch.ones(2, 16)
+    weight[:, -1] = 0
+    thought, ticks = model(tokens), model.ticks(*model.trunk(tokens))
+    drawn = torch.stack([model.tick_loss(ticks, tokens.roll(-1, 1), weight)[0] for _ in range(300)])
+    expected = (thought.tick_nats.mean(-1) + thought.nats)[:, :-1].mean() / 2
+    assert (drawn.mean() - expected).abs() < 4 * drawn.std() / 300 ** 0.5 and drawn.std() > 0  # four standard errors
+
+
 def test_memory_of_logits_is_bounded_and_the_pieces_agree(monkeypatch):
     import model as module
     model = randomised("grouped queries")
