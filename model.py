@@ -370,6 +370,12 @@ class CTMBlock(nn.Module):
         self.register_buffer("mean_surprise", torch.tensor(3.0))            # nats per token of training text
         half_lives = torch.logspace(math.log2(16), math.log2(4096), c.sync, base=2).expand(2, -1)
         self.log_half_life = nn.Parameter(half_lives.log())                 # of what a session carries, in tokens
+        # what phase 3 learns for memory.py: which tokens to tell the weights, and what about them
+        self.salience_weight, self.salience_bias = nn.Parameter(torch.zeros(c.sync)), nn.Parameter(torch.zeros(()))
+        self.engram = nn.Parameter(torch.eye(width))                        # U: from embedding space to what is added to h
+        self.log_eta = nn.Parameter(torch.tensor(2.0))                      # strength of a write
+        self.register_buffer("key_moment", torch.eye(c.sync) / c.sync)      # Sigma: second moment of kappa/sqrt(S) on text
+        self.register_buffer("ordinary", torch.zeros(4, 64, dtype=torch.long))      # text by which a write is judged
 
     def fresh_sync(self) -> Tensor:
         """m of a fresh session: the start state's own pair products, (2, S): read-out, query."""
@@ -392,12 +398,16 @@ class CTMBlock(nn.Module):
             return x.to(u.dtype).expand(B, T, D).contiguous()
         return TickState(everywhere(self.start_z), tuple(map(everywhere, self.start_trace)), zero, zero.clone(), zero[0, 0], zero[0, 0])
 
-    def tick(self, e_k: Tensor, s: TickState, kv: KV, m: Tensor, places: Places) -> TickState:
-        """One tick, with its embedding e_k (D,), of every token's thought: for training, prefill and decoding alike."""
+    def tick(self, e_k: Tensor, u: Tensor, s: TickState, kv: KV, m: Tensor, places: Places) -> TickState:
+        """One tick, with its embedding e_k (D,), of every token's thought: for training, prefill and decoding alike.
+
+        What is observed is what attention finds plus the token's own u (B, T, D): through attention alone, the block has
+        to learn first to look at itself, and loses 50 steps over it (LOG.md).
+        """
         y_act = self.sync_act.read(s.alpha_act, s.beta_act, m[:, 1])                            # (B, T, S)
         q = self.q_norm(heads(self.q_proj(y_act.to(s.z.dtype)), self.config.head_dim)).transpose(1, 2)
         seen = places.attend(rotate(q, places.cos, places.sin), *kv)                            # (B, T, D)
-        mixed = torch.cat([seen, s.z + e_k.to(s.z.dtype)], -1)
+        mixed = torch.cat([u + seen, s.z + e_k.to(s.z.dtype)], -1)
         a = s.z + self.synapse(mixed).to(s.z.dtype)
         trace = (*s.trace[1:], a)
         z = self.nlm(torch.stack([t.flatten(0, 1).T for t in trace], -1)).T.unflatten(0, a.shape[:2]).to(a.dtype)
@@ -530,9 +540,9 @@ class NanoCTM(nn.Module):
             running = running & cache.real[:, -h.shape[1]:]
         for k in range(ctm.config.ticks):
             if self.checkpoint_ticks and torch.is_grad_enabled():
-                state = checkpoint(ctm.tick, ctm.tick_embedding[k], state, kv, m, places, use_reentrant=False)
+                state = checkpoint(ctm.tick, ctm.tick_embedding[k], asking, state, kv, m, places, use_reentrant=False)
             else:
-                state = ctm.tick(ctm.tick_embedding[k], state, kv, m, places)
+                state = ctm.tick(ctm.tick_embedding[k], asking, state, kv, m, places)
             y_out.append(ctm.raw_key(state, m))
             outs.append(F.linear(ctm.key(k, y_out[-1]).to(h.dtype), weight.to(h.dtype)))
             if halt is not None or k == ctm.config.ticks - 1:
