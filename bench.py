@@ -26,7 +26,7 @@ from torch import Tensor
 import configurator
 import data
 from model import (BackboneConfig, NanoCTM, ThoughtConfig, Thought, block_module, flops_per_token, load_backbone, load_graft,
-                   replies)
+                   replies, successors)
 
 # -----------------------------------------------------------------------------
 # settings
@@ -250,8 +250,8 @@ def train_from_nothing(config: BackboneConfig, c: ThoughtConfig, block: str, wor
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 50, (full_steps - step) / (0.5 * full_steps))
         tokens, weight, _ = map(torch.from_numpy, mixture.batch(8, step))
-        ticks = model.ticks(*model.trunk(tokens))
-        loss, _ = model.tick_loss(ticks, tokens.roll(-1, 1), weight)
+        ticks, following = model.ticks(*model.trunk(tokens)), successors(tokens)
+        loss, _ = model.tick_loss(model.measure(ticks, following), following, weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()

@@ -240,6 +240,13 @@ class Fact(NamedTuple):
     value: str
 
 
+class Piece(NamedTuple):
+    """A stretch of a session, how much a reader should learn to predict it, and the fact whose value it is."""
+    text: str
+    weight: float = 0.0
+    fact: Fact | None = None
+
+
 def _names() -> dict[str, list[str]]:
     """1,600 first names; every tenth is held out. Both halves use the same syllables, so near misses abound."""
     split = {"train": [], "held_out": []}
@@ -307,29 +314,34 @@ class FactWorld:
     def _word(self, wordings: tuple[str, ...], held_out: bool) -> str:
         return self.rng.choice(wordings[-WORDINGS_HELD_OUT:] if held_out else wordings[:-WORDINGS_HELD_OUT])
 
-    def session(self, n_facts: int, n_questions: int) -> list[tuple[str, float]]:
-        """One chat: facts told in one to three user turns, at times told again in other words, then questions.
-
-        Pieces are (text, weight): how much a reader should learn to predict them. 0 where only chance could.
-        """
+    def session(self, n_facts: int, n_questions: int) -> list[Piece]:
+        """One chat: facts told in one to three user turns, at times told again in other words, then questions."""
         facts = self.facts(n_facts)
-        n_turns = self.rng.randint(1, min(3, n_facts))
-        turns = [[(f, 0.0) for f in facts[i::n_turns]] for i in range(n_turns)]
-        if self.rng.random() < RETELLING:
-            turns.append([(f, VALUE_WEIGHT) for f in self.rng.sample(facts, n_facts)])
-        pieces = []
-        for told in turns:
-            pieces.append((USER, 0.0))
-            for i, (fact, weight) in enumerate(told):
-                before, after = self.tell(fact).rsplit(" " + fact.value, 1)
-                pieces += [((" " if i else "") + before, 0.0), (" " + fact.value, weight), (after, 0.0)]
-            talk = " " + self.small_talk() if self.rng.random() < 0.3 else ""
-            pieces += [(talk + ASSISTANT, 0.0), (self.rng.choice(ACKNOWLEDGEMENTS) + TURN_END, 0.0)]
-        for fact in self.rng.sample(facts, min(n_questions, n_facts)):
-            before, after = answer(fact).rsplit(" " + fact.value, 1)
-            pieces += [(user_turn(self.ask(fact)), 0.0), (before, 1.0), (" " + fact.value, VALUE_WEIGHT), (after + TURN_END, 1.0)]
-        return pieces
+        retold = self.rng.sample(facts, n_facts) if self.rng.random() < RETELLING else []
+        return [*self.told(facts), *self.turn(retold, VALUE_WEIGHT), *self.asked(self.rng.sample(facts, min(n_questions, n_facts)))]
 
+    def told(self, facts: list[Fact]) -> list[Piece]:
+        """The facts in one to three user turns, with small talk at times. Values weigh 0: only chance could predict them."""
+        n_turns = self.rng.randint(1, min(3, len(facts)))
+        return [piece for i in range(n_turns) for piece in self.turn(facts[i::n_turns])]
+
+    def turn(self, facts: list[Fact], weight: float = 0.0) -> list[Piece]:
+        """One user turn that tells the facts, and what the assistant says to it; nothing for no facts."""
+        pieces = []
+        for fact in facts:
+            before, after = self.tell(fact).rsplit(" " + fact.value, 1)
+            pieces += [Piece((" " if pieces else USER) + before), Piece(" " + fact.value, weight, fact), Piece(after)]
+        talk = " " + self.small_talk() if self.rng.random() < 0.3 else ""
+        return [*pieces, Piece(talk + ASSISTANT), Piece(self.rng.choice(ACKNOWLEDGEMENTS) + TURN_END)] if facts else []
+
+    def asked(self, facts: list[Fact]) -> list[Piece]:
+        """Each fact asked in a turn of its own, and answered."""
+        pieces = []
+        for fact in facts:
+            before, after = answer(fact).rsplit(" " + fact.value, 1)
+            pieces += [Piece(user_turn(self.ask(fact))), Piece(before, 1.0), Piece(" " + fact.value, VALUE_WEIGHT, fact),
+                       Piece(after + TURN_END, 1.0)]
+        return pieces
 
 def context_questions(world: FactWorld, n_facts: int, n_questions: int) -> tuple[list[str], list[Fact]]:
     """Prompts that tell `n_facts` and ask one of them in held-out words, and the facts asked for."""
@@ -515,14 +527,76 @@ class Mixture:
         of_next = np.maximum(weight[1:], picked) * (np.arange(self.T) < used - 1)
         return tokens, of_next.astype(np.float32)
 
-    def encode_session(self, pieces: list[tuple[str, float]]) -> tuple[list[int], list[float]]:
+    def encode_session(self, pieces: list[Piece]) -> tuple[list[int], list[float]]:
         """Token ids of a session with its closing end-of-text, and the weight of each."""
         ids, weights = [], []
-        for text, weight in pieces:
+        for text, weight, _ in pieces:
             piece = self.tokenizer.encode(text)
             ids += piece
             weights += [weight] * len(piece)
         return [*ids, self.tokenizer.eot], [*weights, 0.0]
+
+    def episodes(self, n_facts: int, *key: int) -> "Episodes":
+        """About `n_facts` told in sessions of one size, at most 6 a session asked in a fresh context.
+
+        A third of the sessions that ask also ask about somebody whom no row told of, under a name that is nearly told.
+        """
+        rng = random.Random(f"{self.seed}/{self.split}/episodes/{key}")
+        world = FactWorld(rng.getrandbits(64), self.split, self.lexicon)
+        world.variety = min(1.0, max(0.0, key[0] / self.curriculum - 1)) if self.curriculum else 1.0
+        size = rng.choice(EPISODE_SIZES)
+        rows = min(16, max(1, n_facts // size))
+        facts, told, asked, told_at, asked_at = world.facts(size * rows), [], [], [], []
+        index, people = {f: i for i, f in enumerate(facts)}, {f.name for f in facts}
+        for row in range(rows):
+            own = facts[row * size:(row + 1) * size]
+            ids, _, values = self._marked(world.told(own))
+            told.append(ids)
+            told_at += [(row, values[f]) for f in own]
+            questions = rng.sample(own, min(size, 6))
+            strangers = [near_miss(rng, f, people, world) for f in questions[:1] if rng.random() < 1 / 3]
+            order = rng.sample(questions + strangers, len(questions + strangers))
+            ids, weights, values = self._marked(world.asked(order))
+            for f in strangers:                                     # nothing was told: nothing is learned, all stays as it is
+                weights[values[f]] = -1.0
+            asked.append((ids, weights))
+            asked_at += [(row, values[f], index[f]) for f in questions]
+        return Episodes(padded(told, -1), padded([a for a, _ in asked], -1), padded([w for _, w in asked], 0.0, np.float32),
+                        np.array(told_at), np.array(asked_at))
+
+    def _marked(self, pieces: list[Piece]) -> tuple[list[int], list[float], dict[Fact, int]]:
+        """Token ids, the weight of predicting each one's successor, and where each fact's value is due."""
+        ids, weights, values = [], [], {}
+        for text, weight, fact in pieces:
+            if fact is not None:
+                values[fact] = len(ids) - 1
+            piece = self.tokenizer.encode(text)
+            ids += piece
+            weights += [weight] * len(piece)
+        return ids, [*weights[1:], 0.0], values
+
+
+class Episodes(NamedTuple):
+    """Told in one session, asked in another: rows side by side, and who is who across them."""
+    told: np.ndarray            # (rows, T_a) int64, padded with -1
+    asked: np.ndarray           # (rows, T_b)
+    weight: np.ndarray          # (rows, T_b) of predicting each token's successor; -1: the memory should stay silent here
+    told_at: np.ndarray         # (facts, 2) row and position at which a fact's value is due, where it was told
+    asked_at: np.ndarray        # (questions, 3) the same where it is asked, and which fact it is
+
+
+def padded(rows: list[list], fill: float, dtype: type = np.int64) -> np.ndarray:
+    out = np.full((len(rows), max(map(len, rows))), fill, dtype)
+    for i, row in enumerate(rows):
+        out[i, :len(row)] = row
+    return out
+
+
+def near_miss(rng: random.Random, fact: Fact, told: set[str], world: FactWorld) -> Fact:
+    """The same question about somebody of nearly the same name, whom nobody told of."""
+    onset = next(o for o in sorted(ONSETS, key=len, reverse=True) if fact.name.startswith(o))
+    near = [n for n in world.names if n not in told and (n.startswith(onset) or n.endswith(fact.name[len(onset):]))]
+    return Fact(rng.choice(near or [n for n in world.names if n not in told]), fact.relation, world._value(fact.relation))
 
 
 def lexicon(text: str) -> list[str]:
@@ -532,6 +606,7 @@ def lexicon(text: str) -> list[str]:
 
 
 SESSION_SIZES = (1, 2, 3, 4, 6, 8)      # facts per session
+EPISODE_SIZES = (1, 2, 4, 6, 8, 10)     # the same where they are told to the memory
 SMALL_TALK_SHARE = 0.5                 # of the text rows
 
 

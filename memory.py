@@ -1,37 +1,120 @@
-"""What a session carries from token to token: synchronisation sums, weighted by surprise, chunk by chunk.
+"""A memory of its own: what a session carries, what it tells the weights, and the store that outlives the process.
+
+Carry, from token to token, renewed every C tokens (SessionMemory):
 
     dopamine   = clamp(0.5 + 0.5 tanh(s / 2 s_mean), 0.5, 1)       s = -log p(next), surprise in nats
     alpha_hat <- gamma alpha_hat + dopamine_t dalpha_t              per token, beta_hat alike
-    m          = alpha_hat / beta_hat                               a bounded weighted mean, renewed every C tokens
+    m          = alpha_hat / beta_hat                               a bounded weighted mean
 
-All tokens of a chunk think with the m that stood at its beginning. Training, prefill and decoding chunk alike, at
-multiples of C tokens of the session. Left out so far: eligibility, compact_memory, snapshots and the store on disk.
+Eligibility, what a token has to tell the weights (engrams), and the write itself (compact_memory):
 
-Source: DESIGN.md section 3. Letters: B batch, T tokens, S sync channels, C carry chunk, n tokens of one call.
+    k   = kappa / sqrt(S) at the read tick                          where memory should answer
+    v   = eta dopamine salience U g (E[next] - sum_v p(v) E[v])     what it should add there
+    W  <- W + (v - W k) (P k / k'P k)',   P = (n0 Sigma + ridge I + past keys)^-1
+
+No backpropagation and no optimizer: a delta rule with unit gain at its own key and the least disturbance of ordinary text
+(Sigma) and of what was written before. Factors (k, v) depend on the base model and the text alone, never on the store, so
+W is a function of the living sessions: forgetting one is deleting it and computing W again.
+
+Left out on purpose: anything a session generated itself is carried but never written; the base model's files never
+change; text is not stored. Source: DESIGN.md section 3; Sherman & Morrison 1950 for P, Widrow & Hoff 1960 for the rule.
+
+Letters: B batch, T tokens, S sync channels, D width, C carry chunk, n tokens of one call or factors of one session.
 """
+import fcntl
+import hashlib
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
+from safetensors.torch import save as to_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
-from model import Cache, NanoCTM, Thought
+from model import Cache, CTMBlock, NanoCTM, Thought, backbone_hash, fingerprint, read_tensors, successors
 
+
+# -----------------------------------------------------------------------------
+# surprise, and what a token has to tell
 
 def dopamine(surprise: Tensor, mean_surprise: Tensor) -> Tensor:
     """surprise in nats (...) -> (...) in [0.5, 1]: 1 unexpected, 0.5 predictable. It dampens and never amplifies."""
     return (0.5 + 0.5 * torch.tanh(surprise / (2 * mean_surprise))).clamp(0.5, 1.0).detach()
 
 
+def salience(ctm: CTMBlock, key: Tensor) -> Tensor:
+    """kappa (..., S) -> (...) in [0, 1]: is this something to keep? Surprise alone cannot tell a fact from noise."""
+    return torch.sigmoid(key @ ctm.salience_weight / math.sqrt(ctm.config.sync) + ctm.salience_bias)
+
+
+def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, weight: Tensor) -> Tensor:
+    """What memory should add to h: eta weight U g (what came - what was expected), in embedding space (DESIGN §3).
+
+    hidden (n, D) that the head read without a memory, next_tokens (n,), weight (n,) = dopamine x salience -> (n, D).
+    """
+    embedding, norm, ctm = model.backbone.embed_tokens.weight, model.backbone.norm, model.ctm
+    with torch.no_grad():
+        rows = model.rows_at_once(hidden)
+        expected = torch.cat([model.head(h).float().softmax(-1).to(embedding.dtype) @ embedding for h in hidden.split(rows)])
+        error = norm.weight * (embedding[next_tokens] - expected)
+    return torch.exp(ctm.log_eta) * weight[:, None] * (error.float() @ ctm.engram.T)
+
+
+class Factors(NamedTuple):
+    """What one session tells the weights, in the order lived."""
+    keys: Tensor                # (n, S) fp32, unit length
+    values: Tensor              # (n, D) fp32
+    surprise: Tensor            # (n,) nats
+    dopamine: Tensor            # (n,)
+    salience: Tensor            # (n,)
+    position: Tensor            # (n,) int64, of the token in its session
+    tick: Tensor                # (n,) int64, at which it was read
+
+    def rows(self, chosen: Tensor) -> "Factors":
+        return Factors(*(x[chosen] for x in self))
+
+
+# -----------------------------------------------------------------------------
+# minutes: what a session carries
+
+class Lived(NamedTuple):
+    """What is kept of n thoughts until their successors are known."""
+    hidden: Tensor              # (B, n, D) at the read tick, without the memory
+    key: Tensor                 # (B, n, S)
+    tick: Tensor                # (B, n)
+    delta_alpha: Tensor         # (B, n, 2, S)
+    delta_beta: Tensor
+    real: Tensor                # (B, n) bool: no padding
+
+    @classmethod
+    def of(cls, thought: Thought) -> "Lived":
+        alone = thought.unaided
+        return cls(alone.at_read_tick(alone.hidden), alone.key, alone.read_tick, alone.delta_alpha, alone.delta_beta, alone.real)
+
+    def columns(self, begin: int, end: int | None) -> "Lived":
+        return Lived(*(x[:, begin:end] for x in self))
+
+
 class SessionMemory:
-    """The carry of several sessions side by side, owned by the caller; the model itself only ever sees `m` (B, 2, S).
+    """The carry of several sessions side by side, and what they leave; owned by the caller.
 
         session = SessionMemory(model, rows=len(tokens))
-        thought = model(tokens[:, :n], cache, m=session.m)          # n <= session.room()
-        session.observe(thought, next_tokens)                       # (B, n), -1 where nobody knows it yet
+        thought = session.read(tokens, Cache(), plastic)            # any length; the last token waits for its successor
+        thought = session.read(reply, thought.cache, plastic, own=1)        # said by the model itself: never eligible
+        factors = session.close()                                   # one Factors per row
+
+    The model itself only ever sees `m` (B, 2, S). With gradients on, they flow through m across chunks.
     """
 
-    def __init__(self, model: NanoCTM, rows: int, chunk: int = 32):
+    def __init__(self, model: NanoCTM, rows: int, chunk: int = 32, threshold: float = 0.5, budget: int = 64):
         if model.ctm is None:
             raise ValueError("expected a model with a CTM block, found one without: a session has nothing to carry there")
-        self.model, self.rows, self.chunk = model, rows, chunk
+        self.model, self.rows, self.chunk, self.threshold, self.budget = model, rows, chunk, threshold, budget
         self.start()
 
     def start(self, warm: Tensor | None = None) -> None:
@@ -41,47 +124,487 @@ class SessionMemory:
         self.alpha = torch.zeros(self.rows, 2, ctm.config.sync, device=self.m.device)
         self.beta = torch.zeros_like(self.alpha)
         self.filled = torch.zeros(self.rows, dtype=torch.long, device=self.m.device)
+        self.position = torch.zeros_like(self.filled)
+        self.waiting: Lived | None = None
+        self.kept: list[list[Factors]] = [[] for _ in range(self.rows)]
 
     def room(self) -> int:
         """Positions that may be observed before some row's chunk is full."""
         return self.chunk - int(self.filled.max())
 
-    def observe(self, thought: Thought, next_tokens: Tensor) -> None:
-        """Take in what was thought about n positions; next_tokens (B, n), -1 where unknown, weighs nothing.
+    def read(self, tokens: Tensor, cache: Cache, plastic: Tensor | None = None, halt: float | None = None, own: int = 0) -> Thought:
+        """Read tokens (B, T), padding < 0, chunk by chunk, after those in `cache`; -> the thought about the last piece.
+
+        The first `own` tokens were said by the model: what precedes them is carried and never written. The last token is
+        not observed before the next call brings its successor.
+        """
+        if self.waiting is not None:
+            first = tokens.gather(1, (tokens >= 0).int().argmax(1, keepdim=True))
+            self._take_in(self.waiting, first, torch.full_like(first, own == 0, dtype=torch.bool))
+        following, at, T = successors(tokens), 0, tokens.shape[1]
+        outside = (torch.arange(T, device=tokens.device) >= own - 1).expand_as(tokens)      # whether the successor is
+        while at < T:
+            n = self.room()
+            piece = slice(at, at + n)
+            thought = self.model(tokens[:, piece], cache, plastic, halt, self.m)
+            lived, cache, at = Lived.of(thought), thought.cache, at + n
+            if at >= T:
+                self.waiting = lived.columns(-1, None)
+                lived, piece = lived.columns(0, -1), slice(piece.start, T - 1)
+            self._take_in(lived, following[:, piece], outside[:, piece])
+        return thought
+
+    def observe(self, thought: Thought, next_tokens: Tensor, eligible: Tensor | None = None) -> None:
+        """Take in n positions at once; next_tokens (B, n), -1 where unknown, weighs nothing; eligible (B, n) bool.
 
         Padding (as the cache has it) neither weighs nor advances. ValueError when it would reach past a chunk's end.
         """
-        n, ctm = next_tokens.shape[1], self.model.ctm
-        real = thought.cache.real[:, -n:]
-        if int((self.filled + real.sum(1)).max()) > self.chunk:
-            raise ValueError(f"expected at most {self.room()} more tokens in this chunk of {self.chunk}, found {n}: observe "
-                             f"a session chunk by chunk")
-        _, surprise = self.model.score(thought.at_read_tick(thought.hidden), next_tokens.clamp(min=0))
-        weight = dopamine(surprise, ctm.mean_surprise) * (next_tokens >= 0)
-        gamma = ctm.gamma()
-        for j in range(n):
-            now, w = real[:, j, None, None], weight[:, j, None, None]
-            self.alpha = torch.where(now, gamma * self.alpha + w * thought.delta_alpha[:, j], self.alpha)
-            self.beta = torch.where(now, gamma * self.beta + w * thought.delta_beta[:, j], self.beta)
-        self.filled = self.filled + real.sum(1)
-        self.close((self.filled == self.chunk))
+        nothing = torch.zeros_like(next_tokens, dtype=torch.bool)
+        self._take_in(Lived.of(thought), next_tokens, nothing if eligible is None else eligible)
 
-    def close(self, rows: Tensor | None = None) -> None:
-        """Renew m from the sums, in the rows given (B,) or, at a session's end, in all; what has not lived stays fresh."""
-        rows = torch.ones_like(self.filled, dtype=torch.bool) if rows is None else rows
+    def _take_in(self, lived: Lived, next_tokens: Tensor, eligible: Tensor) -> None:
+        if int((self.filled + lived.real.sum(1)).max()) > self.chunk:
+            raise ValueError(f"expected at most {self.room()} more tokens in this chunk of {self.chunk}, found "
+                             f"{next_tokens.shape[1]}: observe a session chunk by chunk")
+        ctm, known = self.model.ctm, (next_tokens >= 0) & lived.real
+        _, surprise = self.model.score(lived.hidden, next_tokens.clamp(min=0))
+        reward = dopamine(surprise, ctm.mean_surprise)
+        if not torch.isfinite(lived.delta_alpha).all() or not torch.isfinite(surprise).all():
+            raise ValueError("expected finite activations, found some that are not: the session ends here and nothing of it is written")
+        real = lived.real.long()
+        after = real.flip(1).cumsum(1).flip(1) - real               # (B, n) tokens lived since, within this call
+        share = (reward * known)[:, :, None, None] * ctm.gamma(after)
+        fade = ctm.gamma(real.sum(1))
+        self.alpha = fade * self.alpha + (share * lived.delta_alpha).sum(1)
+        self.beta = fade * self.beta + (share * lived.delta_beta).sum(1)
+        self._mark(lived, next_tokens, eligible & known, surprise, reward)
+        self.filled = self.filled + lived.real.sum(1)
+        self.position = self.position + lived.real.sum(1)
+        self._renew(self.filled == self.chunk)
+
+    @torch.no_grad()
+    def _mark(self, lived: Lived, next_tokens: Tensor, eligible: Tensor, surprise: Tensor, reward: Tensor) -> None:
+        """Keep the factors of what is salient."""
+        salient = salience(self.model.ctm, lived.key)
+        position = self.position[:, None] + lived.real.long().cumsum(1) - 1
+        for b in (eligible & (salient > self.threshold)).any(1).nonzero()[:, 0].tolist():
+            here = (eligible[b] & (salient[b] > self.threshold)).nonzero()[:, 0]
+            value = engrams(self.model, lived.hidden[b, here], next_tokens[b, here], reward[b, here] * salient[b, here])
+            key = lived.key[b, here] / math.sqrt(lived.key.shape[-1])
+            self.kept[b].append(Factors(key, value, surprise[b, here], reward[b, here], salient[b, here], position[b, here],
+                                        lived.tick[b, here]))
+
+    def _renew(self, rows: Tensor) -> None:
+        """Renew m from the sums in the given rows (B,); what has not lived stays fresh."""
         lived = rows[:, None, None] & (self.beta > 0)
         self.m = torch.where(lived, self.alpha / self.beta.clamp(min=1e-9), self.m)
         self.filled = self.filled.masked_fill(rows, 0)
 
+    def close(self) -> list[Factors]:
+        """End the session: the open chunk closes, and what was salient comes out, at most `budget` a row, strongest first."""
+        if self.waiting is not None:                                # a token without a successor weighs nothing
+            unknown = torch.full_like(self.waiting.tick, -1)
+            self._take_in(self.waiting, unknown, unknown >= 0)
+            self.waiting = None
+        self._renew(torch.ones_like(self.filled, dtype=torch.bool))
+        return [self._bounded(pieces) for pieces in self.kept]
 
-def read_session(model: NanoCTM, tokens: torch.Tensor, chunk: int = 32) -> SessionMemory:
-    """Read one whole session per row, tokens (B, T) with padding < 0, chunk after chunk with carried sync, to its end."""
-    session, cache, at = SessionMemory(model, len(tokens), chunk), Cache(), 0
-    following = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], 1)
-    while at < tokens.shape[1]:
-        n = session.room()
-        thought = model(tokens[:, at:at + n], cache, m=session.m)
-        session.observe(thought, following[:, at:at + n])
-        cache, at = thought.cache, at + n
-    session.close()
-    return session
+    def snapshot(self, row: int, tokens: Tensor) -> "Snapshot":
+        """How this row was thinking at its end; tokens (n,): all it read."""
+        return Snapshot(self.alpha[row], self.beta[row], about(self.model, tokens))
+
+    def _bounded(self, pieces: list[Factors]) -> Factors:
+        ctm, device = self.model.ctm, self.m.device
+        if not pieces:
+            empty, none = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.long, device=device)
+            return Factors(torch.zeros(0, ctm.config.sync, device=device), torch.zeros(0, len(ctm.start_z), device=device),
+                           empty, empty, empty, none, none)
+        whole = Factors(*map(torch.cat, zip(*pieces)))
+        strongest = (whole.salience * whole.dopamine).topk(min(self.budget, len(whole.keys))).indices
+        return whole.rows(strongest.sort().values)
+
+
+def about(model: NanoCTM, tokens: Tensor) -> Tensor:
+    """What a session is about: the mean of its token embeddings, tokens (n,) -> (D,)."""
+    return model.backbone.embed_tokens.weight[tokens].float().mean(0).detach()
+
+
+def read_session(model: NanoCTM, tokens: Tensor, chunk: int = 32, **settings) -> tuple[SessionMemory, list[Factors]]:
+    """Read one whole session per row, tokens (B, T) with padding < 0, to its end, all of it from outside."""
+    session = SessionMemory(model, len(tokens), chunk, **settings)
+    session.read(tokens, Cache())
+    return session, session.close()
+
+
+# -----------------------------------------------------------------------------
+# permanent: the write
+
+@dataclass(frozen=True)
+class WriteRule:
+    """How compact_memory writes; the defaults are what `python bench.py memory` measures."""
+    n0: float = 100.0           # protection of ordinary text: as many keys as this weigh on P
+    ridge: float = 0.01         # lambda
+    fade: float = 1.0           # mu: how much of the protection of past keys is left a session later
+    cap: float = math.inf       # homeostasis: output power on ordinary text, W_m's over W_c's, at most
+    norm_cap: float = math.inf  # the same for the weights: |W_m| / |W_c| (the seeds' 0.01)
+    delta: bool = True          # subtract what the memory already says there
+    project: bool = True        # write through P, not along the bare key
+
+
+@dataclass(frozen=True)
+class Plastic:
+    """A written memory: W_m, and how much of the key space is taken. Both fp64, on the CPU."""
+    weight: Tensor              # (D, S)
+    taken: Tensor               # (S, S) sum of past k k', faded
+
+    @classmethod
+    def blank(cls, ctm: CTMBlock) -> "Plastic":
+        D, S = ctm.c_proj.weight.shape
+        return cls(torch.zeros(D, S, dtype=torch.float64), torch.zeros(S, S, dtype=torch.float64))
+
+
+def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors, rule: WriteRule = WriteRule()) -> Plastic:
+    """Write one session into W_m, token by token in the order lived; -> a new Plastic, the old one stays as it was.
+
+    ValueError, and nothing written, when anything is not finite.
+    """
+    S = ctm.config.sync
+    sigma, weight, taken = ctm.key_moment.double().cpu(), plastic.weight.clone(), rule.fade * plastic.taken
+    P = torch.linalg.inv(rule.n0 * sigma + rule.ridge * torch.eye(S, dtype=torch.float64) + taken)
+    keys, values = factors.keys.double().cpu(), factors.values.double().cpu()
+    for k, v in zip(keys, values):
+        Pk = P @ k
+        gain = k @ Pk
+        along = Pk / gain if rule.project else k
+        weight += torch.outer(v - weight @ k if rule.delta else v, along)
+        P -= torch.outer(Pk, Pk) / (1 + gain)                       # Sherman-Morrison: k is protected from now on
+    weight *= homeostasis(ctm, weight, sigma, rule)
+    if not torch.isfinite(weight).all():
+        raise ValueError("expected a finite memory, found one that is not: the session is not written, all others are as before")
+    return Plastic(weight, taken + keys.T @ keys)
+
+
+def homeostasis(ctm: CTMBlock, weight: Tensor, sigma: Tensor, rule: WriteRule) -> float:
+    """The factor <= 1 that keeps a write within its caps, its direction unchanged."""
+    louder, larger = output_change(ctm, weight, sigma) / rule.cap, norm_ratio(ctm, weight) / rule.norm_cap
+    return 1 / max(1.0, math.sqrt(louder), larger)
+
+
+def output_change(ctm: CTMBlock, weight: Tensor, sigma: Tensor | None = None) -> float:
+    """E |W_m k|^2 / E |W_c kappa|^2 on ordinary text: how loud the memory is next to the thought it is added to."""
+    sigma, own = ctm.key_moment.double().cpu() if sigma is None else sigma, ctm.c_proj.weight.detach().double().cpu()
+    return float(((weight @ sigma) * weight).sum() / (ctm.config.sync * ((own @ sigma) * own).sum()))
+
+
+def norm_ratio(ctm: CTMBlock, weight: Tensor) -> float:
+    """|W_m / sqrt(S)| / |W_c|: the two as they stand beside each other."""
+    return float(weight.norm() / math.sqrt(ctm.config.sync) / ctm.c_proj.weight.detach().double().cpu().norm())
+
+
+class OrdinaryText:
+    """The text by which a write is judged: a few windows of training text that come with the block's weights.
+
+    Keys do not depend on the memory, so the text is thought about once, and judging a memory costs the head alone.
+    """
+
+    def __init__(self, model: NanoCTM):
+        self.model, tokens = model, model.ctm.ordinary
+        with torch.no_grad():
+            self.ticks, self.targets = model.ticks(*model.trunk(tokens)), successors(tokens)
+
+    def nats(self, weight: Tensor) -> float:
+        """Mean nats per token at the tick read, with W_m (D, S) beside W_c."""
+        plastic = weight.float().to(self.targets.device)
+        return float(self.model.measure(self.ticks, self.targets, plastic).nats.nanmean())
+
+
+# -----------------------------------------------------------------------------
+# the store: what outlives the process
+
+FORMAT = 1
+
+
+class Snapshot(NamedTuple):
+    """How a session was thinking when it ended, and what it was about."""
+    alpha: Tensor               # (2, S) fp32
+    beta: Tensor                # (2, S)
+    about: Tensor               # (D,) mean embedding of its tokens
+
+    @property
+    def m(self) -> Tensor:
+        return self.alpha / self.beta.clamp(min=1e-9)
+
+
+class Store:
+    """Sessions on disk, and the memory W_m that they make; the only way to the disk.
+
+        folder/manifest.json                format, base model, living sessions in order with the sha256 of their files
+        folder/sessions/ID.safetensors      Factors;  folder/snapshots/ID.safetensors  Snapshot;  no text anywhere
+
+    The manifest is the only commit point: files are written and flushed first, then it is replaced, so that a crash at any
+    instant leaves the old store or the new one. One writer at a time (flock); read_only takes no lock and writes nothing.
+    ValueError in one line for a folder that is not a store, another model's store, a damaged file, a second writer.
+    """
+
+    def __init__(self, folder: str | Path, model: NanoCTM, read_only: bool = False, rule: WriteRule = WriteRule(),
+                 max_drift: float = 0.5):
+        self.folder, self.model, self.read_only, self.rule, self.max_drift = Path(folder), model, read_only, rule, max_drift
+        self.base = f"{backbone_hash(model)}-{fingerprint(model.ctm)}"
+        self.text, self._lock = OrdinaryText(model), None
+        found = self.folder.is_dir() and any(p.name != "lock" for p in self.folder.iterdir())
+        if found and not (self.folder / "manifest.json").is_file():
+            raise ValueError(f"expected a memory or a new folder at {self.folder}, found other files: choose another --memory_dir")
+        if read_only and not found:
+            raise ValueError(f"expected a memory at {self.folder}, found none: tell it something with --memory on first")
+        if not read_only:
+            self._take_lock()
+        try:
+            if not read_only and not found:
+                self._replace_manifest([])
+            self.entries = self._read_manifest()
+            if not read_only:
+                self._remove_orphans()
+            self.factors = [self._load(e) for e in self.entries]
+            self._plastic = self._written(self.factors)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()                                      # releases the flock
+            self._lock = None
+
+    # -- what it knows
+
+    def plastic(self) -> Tensor | None:
+        """W_m (D, S) fp32 on the model's device; None while nothing was ever told."""
+        return self._plastic.weight.float().to(self.model.ctm.start_z.device) if self.entries else None
+
+    def nearest(self, about: Tensor, top_k: int = 1, half_life_s: float = 30 * 86400.0, threshold: float = 0.5) -> Tensor | None:
+        """m (1, 2, S) to warm-start a session that begins like `about` (D,): the mean over the nearest snapshots, weighted
+        by the softmax of cosine similarity x 2^(-age / half-life); None when nothing is as near as the threshold."""
+        snapshots = [self._read_snapshot(e) for e in self.entries]
+        if not snapshots:
+            return None
+        near = torch.stack([torch.cosine_similarity(s.about, about.float().cpu(), dim=0) for s in snapshots])
+        age = torch.tensor([max(0.0, time.time() - e["told_at"]) for e in self.entries])
+        score, index = (near * torch.exp2(-age / half_life_s)).topk(min(top_k, len(snapshots)))
+        kept = score >= threshold
+        if not kept.any():
+            return None
+        m = torch.stack([snapshots[i].m for i in index[kept].tolist()])
+        return (score[kept].softmax(0)[:, None, None] * m).sum(0, keepdim=True).to(self.model.ctm.start_z.device)
+
+    # -- what changes it
+
+    def commit(self, factors: Factors, snapshot: Snapshot, tokens: int) -> dict:
+        """Write one session of `tokens` tokens into the memory and onto the disk; -> its manifest entry. All or nothing.
+
+        ValueError, and the store as before, for an empty session, a value that is not finite, or a memory that would cost
+        ordinary text more than `max_drift` nats.
+        """
+        if not tokens:
+            raise ValueError("expected a session with something in it, found an empty one: nothing is written")
+        factors, snapshot = Factors(*(x.detach().cpu() for x in factors)), Snapshot(*(x.detach().float().cpu() for x in snapshot))
+        if not all(torch.isfinite(x).all() for x in (*factors, *snapshot)):
+            raise ValueError("expected a finite session, found values that are not: nothing is written, the store is as before")
+        plastic = compact_memory(self.model.ctm, self._plastic, factors, self.rule)
+        before, after = self.text.nats(self._plastic.weight), self.text.nats(plastic.weight)
+        if not after - before <= self.max_drift:
+            raise ValueError(f"expected a session that costs ordinary text at most {self.max_drift} nats, found {after - before:+.2f} "
+                             f"({before:.2f} to {after:.2f}): nothing is written; raise --max_drift to insist")
+        entry = {"id": "", "told_at": time.time(), "tokens": tokens, "factors": len(factors.keys),
+                 "text_nats": [round(before, 4), round(after, 4)]}
+        self._add([(entry, factors, snapshot)])
+        self._plastic = plastic
+        return entry
+
+    def forget(self, which: str) -> int:
+        """Forget one session by its id (or an unambiguous beginning of it), or "all"; -> how many. The rest is written anew."""
+        gone = self.entries if which == "all" else [self.find(which)]
+        living = [(e, f) for e, f in zip(self.entries, self.factors) if e not in gone]
+        plastic = self._written([f for _, f in living])
+        self._replace_manifest([e for e, _ in living])
+        self.entries, self.factors, self._plastic = [e for e, _ in living], [f for _, f in living], plastic
+        self._remove_orphans()
+        return len(gone)
+
+    def find(self, which: str) -> dict:
+        """The manifest entry of a session. ValueError when there is none, or more than one that begins so."""
+        found = [e for e in self.entries if which and e["id"].startswith(which)]
+        exact = [e for e in found if e["id"] == which]
+        if len(exact or found) != 1:
+            known = ", ".join(e["id"] for e in self.entries[-5:]) or "none yet"
+            raise ValueError(f"expected the id of a remembered session, found {which!r} ({len(found)} begin so): known are {known}")
+        return (exact or found)[0]
+
+    def show(self, which: str) -> tuple[dict, Factors]:
+        entry = self.find(which)
+        return entry, self.factors[self.entries.index(entry)]
+
+    def export(self, file: str | Path) -> int:
+        """Write all living sessions into one safetensors file; -> how many."""
+        tensors = {}
+        for i, (entry, factors) in enumerate(zip(self.entries, self.factors)):
+            tensors |= {f"{i}.factors.{k}": v for k, v in factors._asdict().items()}
+            tensors |= {f"{i}.snapshot.{k}": v for k, v in self._read_snapshot(entry)._asdict().items()}
+        about = {"format": str(FORMAT), "base": self.base, "sessions": json.dumps(self.entries)}
+        save_file(tensors, file, about)
+        return len(self.entries)
+
+    def import_from(self, file: str | Path) -> int:
+        """Add the sessions of an exported file, after those that are here; -> how many were new. All or nothing."""
+        tensors, about = read_tensors(Path(file))
+        if not about.get("format", "").isdigit() or int(about["format"]) > FORMAT or "sessions" not in about:
+            raise ValueError(f"{file}: expected an exported memory of format {FORMAT}, found {about.get('format')!r}: "
+                             f"export it with this version, or update")
+        if about.get("base") != self.base:
+            raise ValueError(f"{file}: expected a memory of these weights ({self.base}), found one of {about.get('base')}: keys of "
+                             f"another model mean nothing here")
+        new, present = [], {e["sha256"] for e in self.entries}
+        for i, entry in enumerate(json.loads(about["sessions"])):
+            parts = {kind: {k.split(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.{kind}.")} for kind in ("factors", "snapshot")}
+            factors, snapshot = self._checked(parts["factors"], parts["snapshot"], f"{file}, session {i}")
+            if hashlib.sha256(to_bytes(factors._asdict())).hexdigest() not in present:
+                fresh = {k: entry[k] for k in ("told_at", "tokens", "text_nats") if k in entry}
+                new.append(({"id": "", **fresh, "factors": len(factors.keys)}, factors, snapshot))
+        plastic = self._plastic
+        for _, factors, _ in new:
+            plastic = compact_memory(self.model.ctm, plastic, factors, self.rule)
+        before, after = self.text.nats(self._plastic.weight), self.text.nats(plastic.weight)
+        if not after - before <= self.max_drift:
+            raise ValueError(f"{file}: expected a memory that costs ordinary text at most {self.max_drift} nats, found "
+                             f"{after - before:+.2f}: nothing is imported; raise --max_drift to insist")
+        self._add(new)
+        self._plastic = plastic
+        return len(new)
+
+    # -- the disk
+
+    def _written(self, sessions: list[Factors]) -> Plastic:
+        plastic = Plastic.blank(self.model.ctm)
+        for factors in sessions:
+            plastic = compact_memory(self.model.ctm, plastic, factors, self.rule)
+        return plastic
+
+    def _add(self, sessions: list[tuple[dict, Factors, Snapshot]]) -> None:
+        """Files first, flushed; then the manifest; then memory."""
+        if self.read_only:
+            raise ValueError("expected a store open for writing, found --memory=read-only: use --memory=on to keep this")
+        entries = list(self.entries)
+        for entry, factors, snapshot in sessions:
+            blobs = {"sessions": to_bytes(factors._asdict()), "snapshots": to_bytes({k: v.contiguous() for k, v in snapshot._asdict().items()})}
+            entry["sha256"], entry["snapshot_sha256"] = (hashlib.sha256(b).hexdigest() for b in blobs.values())
+            name = hashlib.sha256(blobs["sessions"] + blobs["snapshots"]).hexdigest()[:12]
+            taken = {e["id"] for e in entries}
+            entry["id"] = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6))) if n not in taken)
+            for kind, blob in blobs.items():
+                (self.folder / kind).mkdir(mode=0o700, exist_ok=True)
+                _write_durably(self.folder / kind / f"{entry['id']}.safetensors", blob)
+                _flush(self.folder / kind)
+            entries.append(entry)
+        self._replace_manifest(entries)
+        self.entries, self.factors = entries, self.factors + [f for _, f, _ in sessions]
+
+    def _replace_manifest(self, entries: list[dict]) -> None:
+        if self.read_only:
+            raise ValueError("expected a store open for writing, found --memory=read-only: use --memory=on to change it")
+        fresh = self.folder / "manifest.json.new"
+        _write_durably(fresh, json.dumps({"format": FORMAT, "base": self.base, "sessions": entries}, indent=1).encode())
+        fresh.replace(self.folder / "manifest.json")
+        _flush(self.folder)
+
+    def _read_manifest(self) -> list[dict]:
+        path = self.folder / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text())
+            known, base, entries = manifest["format"], manifest["base"], manifest["sessions"]
+            assert isinstance(known, int) and all(isinstance(e[k], str) for e in entries for k in ("id", "sha256", "snapshot_sha256"))
+            assert all(Path(e["id"]).name == e["id"] for e in entries)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as e:
+            raise ValueError(f"{path}: expected a whole manifest, found a damaged one ({type(e).__name__}): restore it from a copy") from None
+        if known != FORMAT:
+            raise ValueError(f"{path}: expected format {FORMAT}, found {known}: update nanoCTM, or export the memory with the version that made it")
+        if base != self.base:
+            raise ValueError(f"{path}: expected a memory of these weights ({self.base}), found one of {base}: name another --memory_dir, "
+                             f"or the weights it belongs to")
+        return entries
+
+    def _load(self, entry: dict) -> Factors:
+        path = self.folder / "sessions" / f"{entry['id']}.safetensors"
+        self._verify(path, entry["sha256"])
+        return self._checked(read_tensors(path)[0], None, str(path))[0]
+
+    def _read_snapshot(self, entry: dict) -> Snapshot:
+        path = self.folder / "snapshots" / f"{entry['id']}.safetensors"
+        self._verify(path, entry["snapshot_sha256"])
+        return self._checked(None, read_tensors(path)[0], str(path))[1]
+
+    def _verify(self, path: Path, sha256: str) -> None:
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise ValueError(f"{path}: expected the file that the manifest names, found {'another' if path.is_file() else 'none'}: it is "
+                             f"damaged; restore it from a copy, or remove its entry from manifest.json")
+
+    def _checked(self, factors: dict | None, snapshot: dict | None, where: str) -> tuple[Factors | None, Snapshot | None]:
+        """Tensors of a file as what they claim to be: names, shapes and types agree, and all is finite."""
+        D, S = self.model.ctm.c_proj.weight.shape
+        n = len(factors["keys"]) if factors and "keys" in factors else 0
+        shapes = {"keys": (n, S), "values": (n, D), **{k: (n,) for k in Factors._fields[2:]}}
+        integers = ("position", "tick")
+        for given, wanted in ((factors, shapes), (snapshot, {"alpha": (2, S), "beta": (2, S), "about": (D,)})):
+            if given is None:
+                continue
+            right = given.keys() == wanted.keys() and all(
+                tuple(given[k].shape) == wanted[k] and given[k].dtype == (torch.int64 if k in integers else torch.float32) for k in wanted)
+            if not right or not all(torch.isfinite(x).all() for x in given.values()):
+                raise ValueError(f"{where}: expected finite tensors of this model's shapes, found others: it is damaged or foreign")
+        return Factors(**factors) if factors is not None else None, Snapshot(**snapshot) if snapshot is not None else None
+
+    def _remove_orphans(self) -> None:
+        """Files that no manifest names: left by a crash before it was replaced, or forgotten."""
+        living = {f"{e['id']}.safetensors" for e in self.entries}
+        for kind in ("sessions", "snapshots"):
+            for path in (self.folder / kind).glob("*") if (self.folder / kind).is_dir() else ():
+                if path.name not in living:
+                    path.unlink()
+        (self.folder / "manifest.json.new").unlink(missing_ok=True)
+
+    def _take_lock(self) -> None:
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = open(self.folder / "lock", "a+")
+        except OSError as e:
+            raise ValueError(f"expected a folder to write to at {self.folder}, found {e.strerror}: choose another --memory_dir, or --memory=read-only") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            self.close()
+            raise ValueError(f"expected to be the only writer of {self.folder}, found process {holder} writing: end it, or use "
+                             f"--memory=read-only") from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+
+def _write_durably(path: Path, blob: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(blob)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -381,9 +381,9 @@ class CTMBlock(nn.Module):
         """m of a fresh session: the start state's own pair products, (2, S): read-out, query."""
         return torch.stack([self.sync_out.pair(self.start_z), self.sync_act.pair(self.start_z)])
 
-    def gamma(self) -> Tensor:
-        """Decay per token of the carried sums, (2, S)."""
-        return torch.exp2(-torch.exp(-self.log_half_life))
+    def gamma(self, tokens: Tensor) -> Tensor:
+        """Decay of the carried sums over so many tokens: (...) -> (..., 2, S)."""
+        return torch.exp2(-tokens[..., None, None] * torch.exp(-self.log_half_life))
 
     def keys_values(self, u: Tensor, places: Places, past: KV | None) -> KV:
         k = self.k_norm(heads(self.k_proj(u), self.config.head_dim)).transpose(1, 2)
@@ -438,6 +438,8 @@ class Thought:
     read_tick    (B, T)         the most certain tick
     key          (B, T, S)      kappa at the read tick, unit RMS; keys: at every tick (B, T, K', S)
     delta_alpha, delta_beta     (B, T, 2, S) fp32 final sums of the token's thought: read-out, query
+    real         (B, T)         False for padding
+    alone                       the same thought read without the memory; None: there was none
     """
     hidden: Tensor
     tick_nats: Tensor
@@ -447,7 +449,14 @@ class Thought:
     delta_alpha: Tensor | None
     delta_beta: Tensor | None
     cache: Cache
+    real: Tensor
     model: "NanoCTM"
+    alone: "Thought | None" = None
+
+    @property
+    def unaided(self) -> "Thought":
+        """What the base model makes of the text by itself: surprise, keys and what is written come from here."""
+        return self.alone or self
 
     def at_read_tick(self, per_tick: Tensor) -> Tensor:
         return at_tick(per_tick, self.read_tick)
@@ -479,17 +488,21 @@ def take(x: Tensor, where: Tensor) -> Tensor:
 
 
 class Ticks(NamedTuple):
-    """All ticks of a thought before anybody asks how good they are: what training needs. K' < K when all have halted."""
+    """All ticks of a thought before anybody asks how good they are. K' < K when all have halted."""
     h: Tensor                           # (B, T, D) the residual stream that the block adds to
-    out: Tensor                         # (B, T, K', D) what it adds
-    y_out: Tensor | None                # (B, T, K', S) the keys before centring
+    out: Tensor                         # (B, T, K', D) what it adds by itself, without a memory
+    keys: Tensor | None                 # (B, T, K', S) kappa
+    y_out: Tensor | None                # (B, T, K', S) the same before centring, for the baseline
     delta_alpha: Tensor | None          # (B, T, 2, S) sums at a token's last tick: read-out, query
     delta_beta: Tensor | None
     cache: Cache
+    real: Tensor                        # (B, T) bool, False for padding
 
-    @property
-    def hidden(self) -> Tensor:
-        return self.h[:, :, None] + self.out
+
+def successors(tokens: Tensor) -> Tensor:
+    """The token after each of tokens (B, T); -1 after the last one, and for padding."""
+    following = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], 1)
+    return following.masked_fill(tokens < 0, -1)
 
 
 class NanoCTM(nn.Module):
@@ -513,38 +526,39 @@ class NanoCTM(nn.Module):
         h, u, layers = self.backbone(tokens, here, cache)
         return h, u, places, Cache(layers, cache.block, real)
 
-    def ticks(self, h: Tensor, u: Tensor, places: Places, cache: Cache, plastic: Tensor | None = None,
-              halt: float | None = None, m: Tensor | None = None, where: Tensor | None = None) -> Ticks:
-        """Think about u. plastic: W_m (D, S). m (B, 2, S): what the session has synchronised; None: a fresh session.
+    def ticks(self, h: Tensor, u: Tensor, places: Places, cache: Cache, halt: float | None = None, m: Tensor | None = None,
+              where: Tensor | None = None) -> Ticks:
+        """Think about u. m (B, 2, S): what the session has synchronised; None: a fresh session.
 
-        With `halt`, stops when every token has passed it; which ticks count per token is `forward`'s affair. With
+        With `halt`, stops when every token has passed it; which ticks count per token is `think`'s affair. With
         `where` (B, n), only these positions think: no thought reads another's ticks, so training can skip the rest.
         """
+        real = cache.real[:, -u.shape[1]:]
+        if where is not None:
+            real = real.gather(1, where)
         h, asking = (h, u) if where is None else (take(h, where), take(u, where))
         with torch.autocast(u.device.type, torch.bfloat16, enabled=u.dtype == torch.bfloat16):   # the block's weights are fp32
             if self.ctm is None:
                 out = self.backbone.layers[-1].mlp(asking) if self.block == "ffn" else torch.zeros_like(asking)
-                return Ticks(h, out[:, :, None], None, None, None, cache)
-            return self._think(h, asking, u, places, cache, plastic, halt, m, where)
+                return Ticks(h, out[:, :, None], None, None, None, None, cache, real)
+            return self._ticks(h, asking, u, places, cache, real, halt, m, where)
 
-    def _think(self, h: Tensor, asking: Tensor, u: Tensor, places: Places, cache: Cache, plastic: Tensor | None,
-               halt: float | None, m: Tensor | None, where: Tensor | None) -> Ticks:
+    def _ticks(self, h: Tensor, asking: Tensor, u: Tensor, places: Places, cache: Cache, real: Tensor, halt: float | None,
+               m: Tensor | None, where: Tensor | None) -> Ticks:
         ctm = self.ctm
         m = (ctm.fresh_sync().expand(len(u), -1, -1) if m is None else m)[:, :, None]           # (B, 2, 1, S)
         kv = ctm.keys_values(u, places, cache.block)
         places = places if where is None else places.at(where)
-        weight = ctm.c_proj.weight if plastic is None else ctm.c_proj.weight + plastic / math.sqrt(ctm.config.sync)
-        state, y_out, outs, alpha, beta = ctm.start(asking), [], [], None, None
-        running = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-        if halt is not None and where is None:
-            running = running & cache.real[:, -h.shape[1]:]
+        state, y_out, keys, outs, alpha, beta = ctm.start(asking), [], [], [], None, None
+        running = real
         for k in range(ctm.config.ticks):
             if self.checkpoint_ticks and torch.is_grad_enabled():
                 state = checkpoint(ctm.tick, ctm.tick_embedding[k], asking, state, kv, m, places, use_reentrant=False)
             else:
                 state = ctm.tick(ctm.tick_embedding[k], asking, state, kv, m, places)
             y_out.append(ctm.raw_key(state, m))
-            outs.append(F.linear(ctm.key(k, y_out[-1]).to(h.dtype), weight.to(h.dtype)))
+            keys.append(ctm.key(k, y_out[-1]))
+            outs.append(ctm.c_proj(keys[-1].to(h.dtype)).to(h.dtype))
             if halt is not None or k == ctm.config.ticks - 1:
                 a, b = torch.stack([state.alpha_out, state.alpha_act], 2), torch.stack([state.beta_out, state.beta_act])
                 alpha = a if alpha is None else torch.where(running[..., None, None], a, alpha)
@@ -553,7 +567,8 @@ class NanoCTM(nn.Module):
                 running = running & (self.score(h + outs[-1])[0] < halt)
                 if not running.any():
                     break
-        return Ticks(h, torch.stack(outs, 2), torch.stack(y_out, 2), alpha, beta, Cache(cache.layers, kv, cache.real))
+        return Ticks(h, torch.stack(outs, 2), torch.stack(keys, 2), torch.stack(y_out, 2), alpha, beta,
+                     Cache(cache.layers, kv, cache.real), real)
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V) through the final norm and the tied embedding."""
@@ -576,6 +591,32 @@ class NanoCTM(nn.Module):
             certainty.append(1 + (log_p.exp() * log_p).sum(-1) / math.log(V))
         return torch.cat(certainty).view(hidden.shape[:-1]), torch.cat(nats).view(hidden.shape[:-1])
 
+    def measure(self, t: Ticks, targets: Tensor, plastic: Tensor | None = None, halt: float | None = None) -> Thought:
+        """Ask every tick how certain it is, and read. targets (B, T), -1 unknown; plastic (D, S): W_m beside c_proj.
+
+        Where thinking halts is decided without the memory, so that no sum and no key depends on what is stored.
+        """
+        alone = self._read(t, t.h[:, :, None] + t.out, targets, halt, None)
+        if plastic is None or self.ctm is None:
+            return alone
+        aid = F.linear(t.keys, plastic / math.sqrt(self.ctm.config.sync)).to(t.out.dtype)
+        aided = self._read(t, t.h[:, :, None] + (t.out + aid), targets, None, alone.certainty < 0)
+        aided.alone = alone
+        return aided
+
+    def _read(self, t: Ticks, hidden: Tensor, targets: Tensor, halt: float | None, unthought: Tensor | None) -> Thought:
+        K = hidden.shape[2]
+        targets = targets[:, :, None].expand(-1, -1, K)
+        certainty, nats = self.score(hidden, targets.clamp(min=0))
+        if halt is not None:
+            passed = certainty >= halt
+            last = torch.where(passed.any(-1), passed.int().argmax(-1), K - 1)
+            unthought = torch.arange(K, device=hidden.device) > last[..., None]
+        if unthought is not None:
+            certainty = certainty.masked_fill(unthought, -1.0)
+        return Thought(hidden, nats.masked_fill(targets < 0, float("nan")), certainty, certainty.argmax(-1), t.keys,
+                       t.delta_alpha, t.delta_beta, t.cache, t.real, self)
+
     def forward(self, tokens: Tensor, cache: Cache | None = None, plastic: Tensor | None = None, halt: float | None = None,
                 m: Tensor | None = None, where: Tensor | None = None) -> Thought:
         """Read (B, T) tokens (padding < 0), after those in `cache`, and think about each. See Thought and DESIGN §2.
@@ -584,20 +625,9 @@ class NanoCTM(nn.Module):
         m (B, 2, S): session sync to start from. where (B, n): only these positions think, and T below is n. Everything
         is per row; tokens are int64.
         """
-        h, u, places, cache = self.trunk(tokens, cache)
-        t = self.ticks(h, u, places, cache, plastic, halt, m, where)
-        hidden, K = t.hidden, t.out.shape[2]
-        unknown = torch.full_like(tokens[:, :1], -1)
-        targets = torch.cat([tokens[:, 1:], unknown], 1).masked_fill(tokens < 0, -1)
-        targets = (targets if where is None else targets.gather(1, where))[:, :, None].expand(-1, -1, K)
-        certainty, nats = self.score(hidden, targets.clamp(min=0))
-        if halt is not None:
-            passed = certainty >= halt
-            last = torch.where(passed.any(-1), passed.int().argmax(-1), K - 1)
-            certainty = certainty.masked_fill(torch.arange(K, device=tokens.device) > last[..., None], -1.0)
-        keys = None if self.ctm is None else rms(t.y_out - self.ctm.baseline[:K], self.ctm.eps)
-        return Thought(hidden, nats.masked_fill(targets < 0, float("nan")), certainty, certainty.argmax(-1), keys,
-                       t.delta_alpha, t.delta_beta, t.cache, self)
+        t = self.ticks(*self.trunk(tokens, cache), halt, m, where)
+        targets = successors(tokens)
+        return self.measure(t, targets if where is None else targets.gather(1, where), plastic, halt)
 
     # -- learning signal
 
@@ -608,7 +638,7 @@ class NanoCTM(nn.Module):
         n = self.rows_at_once(hidden)
         return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in zip(hidden.split(n), targets.split(n))])
 
-    def tick_loss(self, ticks: Ticks, targets: Tensor, weight: Tensor, other: str = "any") -> tuple[Tensor, dict[str, float]]:
+    def tick_loss(self, thought: Thought, targets: Tensor, weight: Tensor, other: str = "any") -> tuple[Tensor, dict[str, float]]:
         """½ nats at the most certain tick + ½ nats at another one, as a weighted mean over weight > 0.
 
         other "best": the tick of the lowest nats, as the CTM does it (eq. 12). On text, whose next token is never certain,
@@ -619,19 +649,16 @@ class NanoCTM(nn.Module):
         Returns the loss, and the unweighted nats and mean tick of reading.
         """
         where = weight > 0
-        target, w = targets[where], weight[where]                                               # (n,)
-        hidden = ticks.h[where][:, None] + ticks.out[where]                                     # (n, K, D)
+        target, w, hidden, read = targets[where], weight[where], thought.hidden[where], thought.read_tick[where]
         n, K = hidden.shape[:2]
         if K == 1:
             nats = self.cross_entropy(hidden[:, 0], target)
             return (nats * w).sum() / w.sum(), {"nats": nats.mean().item(), "read_tick": 0.0}
-        certainty, nats = self.score(hidden, target[:, None].expand(n, K))
-        companion = nats.argmin(-1) if other == "best" else torch.randint(K, (n,)).to(hidden.device)
-        chosen = torch.cat([companion, certainty.argmax(-1)])                                   # (2n,)
+        companion = thought.tick_nats[where].argmin(-1) if other == "best" else torch.randint(K, (n,)).to(hidden.device)
         rows = torch.arange(n, device=hidden.device).repeat(2)
-        both = self.cross_entropy(hidden[rows, chosen], target.repeat(2)).view(2, n)
+        both = self.cross_entropy(hidden[rows, torch.cat([companion, read])], target.repeat(2)).view(2, n)
         loss = (both.mean(0) * w).sum() / w.sum()
-        return loss, {"nats": both[1].mean().item(), "read_tick": chosen[n:].float().mean().item()}
+        return loss, {"nats": both[1].mean().item(), "read_tick": read.float().mean().item()}
 
 
 HEAD_ENTRIES = {"cpu": 2**18, "cuda": 2**26, "meta": 2**26}         # logits held at once
@@ -666,9 +693,10 @@ class Spoken(NamedTuple):
 @torch.no_grad()
 def generate(model: NanoCTM, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
              stop: int | None = None, halt: float | None = None, plastic: Tensor | None = None,
-             generator: torch.Generator | None = None, cache: Cache | None = None) -> Iterator[Spoken]:
+             generator: torch.Generator | None = None, cache: Cache | None = None, session=None, own: int = 0) -> Iterator[Spoken]:
     """Continue each row of tokens (B, T), padded on the left with -1, after those in `cache`; yield one Spoken per step.
 
+    session: a SessionMemory (memory.py) that reads along; the first `own` tokens are what the model had said itself.
     Temperature 0 is greedy. Ends when every row has said `stop`. Raises ValueError when the context is too short.
     """
     if max_new_tokens < 1 or temperature < 0 or top_k < 0:
@@ -681,15 +709,19 @@ def generate(model: NanoCTM, tokens: Tensor, max_new_tokens: int, temperature: f
                          f"{max_new_tokens} to generate), found {longest}: shorten the prompt or lower max_new_tokens")
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
-        at_end = torch.full_like(tokens[:, :1], tokens.shape[1] - 1) if tokens.shape[1] > 1 else None
-        thought = model(tokens, cache, plastic, halt, where=at_end)                             # only the last token thinks
-        tick, logits = thought.read_tick, thought.logits[:, 0]                                  # (B, 1), (B, V)
+        if session is not None:
+            thought = session.read(tokens, cache or Cache(), plastic, halt, own)
+        else:                                                       # nothing is carried: only the last token thinks
+            at_end = torch.full_like(tokens[:, :1], tokens.shape[1] - 1) if tokens.shape[1] > 1 else None
+            thought = model(tokens, cache, plastic, halt, where=at_end)
+        last = thought.read_tick[:, -1:]
+        logits = model.head(at_tick(thought.hidden[:, -1:], last))[:, 0].float()
         token = pick(logits, temperature, top_k, generator).masked_fill(ended, -1)
-        yield Spoken(token, tick[:, 0], at_tick(thought.certainty, tick)[:, 0], thought.cache)
+        yield Spoken(token, last[:, 0], at_tick(thought.certainty[:, -1:], last)[:, 0], thought.cache)
         ended = ended | (token == stop) if stop is not None else ended
         if ended.all():
             return
-        tokens, cache = token.masked_fill(ended, -1)[:, None], thought.cache
+        tokens, cache, own = token.masked_fill(ended, -1)[:, None], thought.cache, 1
 
 
 def pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> Tensor:

@@ -1,18 +1,24 @@
-"""Let the model speak: continue a text, or chat; and watch it think.
+"""Let the model speak: continue a text, or chat; watch it think; let it remember.
 
     python sample.py --start="The following" --max_new_tokens=40
-    python sample.py --chat                                     # a conversation on standard input
     python sample.py --chat --start="Marvas keeps a goat." --show=ticks
+    python sample.py --memory on --memory_dir=mem --start="Marvas keeps a goat."        # one session, written at its end
+    python sample.py --memory on --memory_dir=mem --start="What does Marvas keep?"      # another process, days later
+    python sample.py --memory on --memory_dir=mem               # a conversation on standard input; /help shows its commands
+    python sample.py --memory_dir=mem --sessions                    # also --show_session=ID --forget=ID|all --export_to=F --import_from=F
 
-Left out so far: a memory beyond the context (--memory on comes with the store).
+With --memory a session is a chat. What surprised it is written into the weights when it ends, be that by an empty line, the
+end of the input or Ctrl-C. --memory read-only answers from the memory and never writes a byte.
 """
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 import configurator
 import data
+from memory import SessionMemory, Store, about, norm_ratio, output_change
 from model import Cache, NanoCTM, generate, load_backbone, load_graft
 
 # -----------------------------------------------------------------------------
@@ -21,10 +27,18 @@ from model import Cache, NanoCTM, generate, load_backbone, load_graft
 base = "weights/backbone"   # a Qwen3 folder or a Hugging Face name
 graft = "weights/graft.safetensors"     # what stands in its last layer; "" for the base's own FFN
 tokenizer = "weights"       # a folder with ranks.json, or a Hugging Face name
-start = ""                  # the text to continue, or with --chat the first thing you say
+start = ""                  # the text to continue, or in a chat the first thing you say
 chat = False                # a conversation; without --start it reads lines from standard input
 show = ""                   # "ticks": a line per token with the tick it was read at and how sure the model was
-memory = "off"              # only "off" so far
+memory = "off"              # "on": remember this session; "read-only": answer from what is remembered; "off"
+memory_dir = "memory"       # the store
+max_drift = 0.5             # nats that a session may cost ordinary text at most, or it is not written
+warm = True                 # begin like the nearest remembered session was thinking, if one is near
+sessions = False            # list what is remembered, and stop
+show_session = ""           # a session's id: what it told the weights, token by token, and stop
+forget = ""                 # a session's id, or "all": forget it, and stop
+export_to = ""              # a file: write all sessions into it, and stop
+import_from = ""            # a file made by --export_to: add its sessions, and stop
 max_new_tokens = 60
 temperature = 0.0           # 0: greedy
 top_k = 0                   # 0: all
@@ -33,70 +47,177 @@ seed = 1
 device = ""                 # "" picks cuda when there is one
 
 
-def speak(model: NanoCTM, words: data.Tokenizer, tokens: list[int], cache: Cache | None, stop: int,
-          chance: torch.Generator) -> tuple[Cache, int]:
-    """Print what follows `tokens` as it comes; -> what was read, and the last token, which was only said."""
-    where = model.backbone.embed_tokens.weight.device
-    said, shown, last = [], "", None
-    for last in generate(model, torch.tensor([tokens], device=where), max_new_tokens, temperature, top_k, stop, halt or None,
-                         generator=chance, cache=cache):
-        said.append(int(last.token))
-        if show == "ticks":
-            ticks = model.ctm.config.ticks if model.ctm else 1
-            sure = float(last.certainty)
-            print(f"  tick {int(last.tick) + 1:2d}/{ticks}  sure {sure:4.2f} {'#' * round(20 * max(sure, 0)):20s}  "
-                  f"{words.decode(said[-1:])!r}")
-        elif said[-1] != stop:
-            text = words.decode(said)                               # whole, since a character may span tokens
-            if not text.endswith("\ufffd"):
-                print(text[len(shown):], end="", flush=True)
-                shown = text
-    print() if show != "ticks" else print("  =", words.decode([t for t in said if t != stop]).strip())
-    return last.cache, said[-1]
+# -----------------------------------------------------------------------------
+# speaking
+
+class Speaker:
+    """A model with its words, its chance and, when it remembers, its session and the memory beside its weights."""
+
+    def __init__(self, model: NanoCTM, words: data.Tokenizer, store: Store | None):
+        self.model, self.words, self.store = model, words, store
+        self.device = model.backbone.embed_tokens.weight.device
+        self.chance = torch.Generator(self.device).manual_seed(seed)
+        self.session = SessionMemory(model, 1) if store else None
+        self.heard: list[int] = []                                  # every token of the session that was read
+        self.cache: Cache | None = None
+
+    def say(self, tokens: list[int], stop: int, own: int = 0) -> int:
+        """Print what follows `tokens` as it comes; -> the last token, which was only said, never read."""
+        said, shown = [], ""
+        self.heard += tokens
+        plastic = self.store.plastic() if self.store else None
+        for last in generate(self.model, torch.tensor([tokens], device=self.device), max_new_tokens, temperature, top_k, stop, halt or None,
+                             plastic, self.chance, self.cache, self.session, own):
+            said.append(int(last.token))
+            self.cache = last.cache
+            if show == "ticks":
+                ticks, sure = self.model.ctm.config.ticks if self.model.ctm else 1, float(last.certainty)
+                print(f"  tick {int(last.tick) + 1:2d}/{ticks}  sure {sure:4.2f} {'#' * round(20 * max(sure, 0)):20s}  "
+                      f"{self.words.decode(said[-1:])!r}")
+            elif said[-1] != stop:
+                text = self.words.decode(said)                      # whole, since a character may span tokens
+                if not text.endswith("\ufffd"):
+                    print(text[len(shown):], end="", flush=True)
+                    shown = text
+        print() if show != "ticks" else print("  =", self.words.decode([t for t in said if t != stop]).strip())
+        self.heard += said[:-1]
+        return said[-1]
+
+    def remember(self) -> None:
+        """End the session: write it into the memory, and say what that did."""
+        if self.store is None or self.store.read_only or not self.heard:
+            return
+        factors = self.session.close()[0]
+        entry = self.store.commit(factors, self.session.snapshot(0, torch.tensor(self.heard, device=self.device)), len(self.heard))
+        before, after = entry["text_nats"]
+        print(f"(kept {entry['factors']} of {entry['tokens']} tokens as session {entry['id']}; ordinary text {before:.3f} -> {after:.3f} nats)")
 
 
-def converse(model: NanoCTM, words: data.Tokenizer, chance: torch.Generator) -> None:
+def converse(speaker: Speaker) -> None:
     """Turn by turn, in Qwen's chat form; what was said stays in the context until it is full."""
-    cache, left_over = None, []
+    words, left_over = speaker.words, []
     lines = [start] if start else sys.stdin
     if not start and sys.stdin.isatty():
-        print("Say something; an empty line ends the conversation.")
-    for line in lines:
-        if not line.strip():
-            return
-        if not sys.stdin.isatty() or start:
-            print("user:", line.strip())
-        turn = words.encode(data.user_turn(line.strip()))
-        print("model:", end="\n" if show == "ticks" else " ", flush=True)
-        cache, last = speak(model, words, left_over + turn, cache, words.im_end, chance)
-        left_over = ([last] if last == words.im_end else [last, words.im_end]) + words.encode("\n")
+        print("Say something; an empty line ends the conversation" + (", /help lists commands." if speaker.store else "."))
+    try:
+        for line in lines:
+            if not line.strip():
+                break
+            if not sys.stdin.isatty() or start:
+                print("user:", line.strip())
+            if line.startswith("/") and speaker.store:
+                command(speaker.store, *line.split(maxsplit=2)[:2])
+                continue
+            turn = words.encode(data.user_turn(line.strip()))
+            if speaker.session and not speaker.heard and warm:
+                nearest = speaker.store.nearest(about(speaker.model, torch.tensor(turn, device=speaker.device)))
+                speaker.session.start(nearest)
+            print("model:", end="\n" if show == "ticks" else " ", flush=True)
+            last = speaker.say(left_over + turn, words.im_end, own=min(1, len(left_over)))
+            left_over = ([last] if last == words.im_end else [last, words.im_end]) + words.encode("\n")
+    except KeyboardInterrupt:
+        print()
+    speaker.remember()
 
+
+# -----------------------------------------------------------------------------
+# looking after the memory
+
+COMMANDS = """/list            what is remembered
+/show ID         what a session told the weights
+/forget ID|all   forget it: the memory is written anew without it
+/export FILE     write all sessions into one file
+/import FILE     add the sessions of such a file"""
+
+
+def command(store: Store, name: str, argument: str = "") -> None:
+    """One line of housekeeping in a conversation; a mistake costs a line, not the conversation."""
+    try:
+        if name == "/list":
+            list_sessions(store)
+        elif name == "/show":
+            show_one(store, argument)
+        elif name == "/forget":
+            print(f"forgot {store.forget(argument)} session(s), {len(store.entries)} remain")
+        elif name == "/export" and argument:
+            print(f"exported {store.export(argument)} session(s) to {argument}")
+        elif name == "/import" and argument:
+            print(f"imported {store.import_from(argument)} session(s)")
+        else:
+            print(COMMANDS)
+    except (ValueError, OSError) as problem:
+        print(f"error: {problem}")
+
+
+def list_sessions(store: Store) -> None:
+    for e in store.entries:
+        size = sum((store.folder / kind / f"{e['id']}.safetensors").stat().st_size for kind in ("sessions", "snapshots"))
+        print(f"{e['id']}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(e['told_at']))}  {e['tokens']:5d} tokens, {e['factors']:3d} kept, "
+              f"{size / 1024:5.1f} KiB, ordinary text {e['text_nats'][0]:.3f} -> {e['text_nats'][1]:.3f} nats")
+    plastic = store.plastic()
+    loud = (f", {100 * output_change(store.model.ctm, plastic.double().cpu()):.2f} % of the output power on ordinary text, "
+            f"{norm_ratio(store.model.ctm, plastic.double().cpu()):.2f} of the weight norm") if plastic is not None else ""
+    print(f"{len(store.entries)} session(s) in {store.folder}{loud}")
+
+
+def show_one(store: Store, which: str) -> None:
+    entry, factors = store.show(which)
+    print(f"session {entry['id']}: {entry['tokens']} tokens, {entry['factors']} kept")
+    for position, tick, surprise, reward, salient, value in zip(factors.position.tolist(), factors.tick.tolist(), factors.surprise.tolist(),
+                                                                factors.dopamine.tolist(), factors.salience.tolist(), factors.values.norm(dim=1).tolist()):
+        print(f"  token {position:4d}  tick {tick + 1:2d}  surprise {surprise:5.2f} nats  dopamine {reward:.2f}  salience {salient:.2f}  size {value:.2f}")
+
+
+def look_after(model: NanoCTM) -> None:
+    """--list and its siblings: one action on the store, then stop."""
+    with Store(memory_dir, model, read_only=not (forget or import_from), max_drift=max_drift) as store:
+        if forget:
+            print(f"forgot {store.forget(forget)} session(s), {len(store.entries)} remain")
+        if import_from:
+            print(f"imported {store.import_from(import_from)} session(s)")
+        if export_to:
+            print(f"exported {store.export(export_to)} session(s) to {export_to}")
+        if show_session:
+            show_one(store, show_session)
+        if sessions:
+            list_sessions(store)
+
+
+# -----------------------------------------------------------------------------
 
 def main() -> None:
     configurator.configure(globals())
-    if memory != "off":
-        raise ValueError(f"expected --memory=off, found {memory!r}: this version has no memory beyond its context")
+    if memory not in ("on", "off", "read-only"):
+        raise ValueError(f"expected --memory on, off or read-only, found {memory!r}: choose one of the three")
     if show not in ("", "ticks"):
         raise ValueError(f"expected --show=ticks or nothing, found {show!r}")
-    if not start and not chat:
-        raise ValueError('expected something to say, found nothing: --start="some text", or --chat')
+    housekeeping = sessions or show_session or forget or export_to or import_from
+    if not start and not chat and memory == "off" and not housekeeping:
+        raise ValueError('expected something to say, found nothing: --start="some text", --chat, or --memory on')
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     words = data.Tokenizer(tokenizer)
-    model = (load_graft(base, Path(graft)) if graft else load_backbone(base)).to(where).eval()
+    model = (load_graft(base, Path(graft)) if graft else load_backbone(base)).to(where).eval().requires_grad_(False)
     if words.n_vocab > model.backbone.config.vocab_size:
         raise ValueError(f"expected a tokenizer of at most {model.backbone.config.vocab_size} words, found {words.n_vocab} in "
                          f"{tokenizer}: use the one that belongs to {base}")
-    chance = torch.Generator(where).manual_seed(seed)
+    if model.ctm is None and (memory != "off" or housekeeping):
+        raise ValueError("expected a graft with a CTM block for --memory, found none: name one with --graft")
+    if housekeeping:
+        return look_after(model)
+    if memory != "off":
+        with Store(memory_dir, model, memory == "read-only", max_drift=max_drift) as store:
+            return converse(Speaker(model, words, store))
+    speaker = Speaker(model, words, None)
     if chat:
-        return converse(model, words, chance)
+        return converse(speaker)
     print(start, end="\n" if show == "ticks" else "", flush=True)
-    speak(model, words, words.encode(start), None, words.eot, chance)
+    speaker.say(words.encode(start), words.eot)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         configurator.stop(str(problem))
     except KeyboardInterrupt:
         print()

@@ -21,15 +21,17 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import configurator
 import data
-from memory import read_session
-from model import (HEAD_ENTRIES, BackboneConfig, NanoCTM, ThoughtConfig, Ticks, block_module, fingerprint, flops_per_token, load_backbone,
-                   load_graft, read_tensors, replies, save_backbone, save_graft, take)
+from memory import Lived, Plastic, SessionMemory, compact_memory, dopamine, engrams, read_session, salience
+from model import (HEAD_ENTRIES, BackboneConfig, NanoCTM, Thought, ThoughtConfig, Ticks, at_tick, block_module, fingerprint,
+                   flops_per_token, load_backbone, load_graft, read_tensors, replies, save_backbone, save_graft, successors, take)
 
 # -----------------------------------------------------------------------------
 # settings, overridden by a config file and the command line
@@ -77,8 +79,23 @@ beta1 = 0.9
 beta2 = 0.95
 clip = 1.0                  # norm of the gradient at most
 other_tick = "any"          # phase 2, the tick loss beside the most certain tick: "any" by chance, or the "best"
-thinking_share = 1.0        # phase 2: share of a row's tokens that think at a step; the block costs that much less
-inherited_share = 0.3       # phase 2: steps that start from an earlier session's sync
+thinking_share = 1.0        # share of a row's tokens that think at a step; the block costs that much less
+inherited_share = 0.3       # phases 2, 3: steps that start from an earlier session's sync
+# phase 3
+graft = ""                  # the thinking block to start from
+chunk = 32                  # C: tokens between two renewals of the carried sync
+carry_rows = 2              # rows of the mixture on the steps that read it chunk by chunk, gradients through the carry
+carry_share = 0.34          # these steps; on the others nothing is carried
+cut_share = 0.5             # of the carrying steps: the context is dropped half-way, the sync goes on
+episode_facts = 32          # told a step and process, in sessions that share one memory, and asked in others
+through_write = True        # learn through the write; False is the control
+write_rule = "solved"       # how factors become the memory in training: "sum", or "solved" by ridge regression
+write_ridge = 0.1           # of the solved rule
+write_n0 = 0.0              # of the solved rule: ordinary text weighs as much as so many keys
+contrast_weight = 0.5       # key where a fact was told against key where it is asked
+contrast_scale = 20.0       # of the cosines
+locality_weight = 1.0       # KL on text and on people never told of, with and without the memory
+salience_cost = 0.02        # of the mean salience: what nothing needs is not written
 baseline_rate = 0.01        # of the running mean of y_out
 # machine
 device = ""                 # "" picks cuda when there is one
@@ -131,7 +148,10 @@ def build_model() -> NanoCTM:
     if not base:
         raise ValueError("phase 2 expected base, found none: run `python train.py config/tiny_phase1.py` first, then set "
                          "--base=out/tiny_phase1/last, or --base=Qwen/Qwen3-0.6B")
-    model = load_backbone(base, thought=thought_config(), block=block)
+    if phase == 3 and not graft:
+        raise ValueError("phase 3 expected graft, found none: run `python train.py config/tiny_phase2.py` first, then set "
+                         "--graft=out/tiny_phase2/last/graft.safetensors")
+    model = load_graft(base, Path(graft)) if phase == 3 else load_backbone(base, thought=thought_config(), block=block)
     model.requires_grad_(False)
     block_module(model).float().requires_grad_(True)
     return model
@@ -156,45 +176,52 @@ def learning_rate(step: int) -> float:
 
 
 # -----------------------------------------------------------------------------
-# losses
+# losses of phases 1 and 2
 
-def step_loss(model: NanoCTM, batch: tuple, step: int) -> tuple[torch.Tensor, dict]:
+Batch = tuple[torch.Tensor, ...]
+
+
+def mixture_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor, dict]:
     """Loss of one micro-batch, and a report: nats of the tick read, its mean index, the block's mean y_out."""
     tokens, weight, before = batch
-    h, u, places, cache = model.trunk(tokens)
+    trunk = model.trunk(tokens)
     imitating = model.ctm is not None and step < imitation_steps
-    m = inherited_sync(model, before) if model.ctm and not imitating and inherits(step) else None
+    m = inherited_sync(model, before) if model.ctm and not imitating and share_of_steps(inherited_share, step) else None
     where = thinking_tokens(weight) if model.ctm else None
-    ticks = model.ticks(h, u, places, cache, m=m, where=where)
-    following = torch.cat([tokens[:, 1:], tokens[:, :1]], 1).clamp(min=0)
+    ticks, u = model.ticks(*trunk, m=m, where=where), trunk[1]
+    following = successors(tokens)
     if where is not None:
         u = take(u, where)
-        tokens, weight, following = (x.gather(1, where) for x in (tokens, weight, following))
+        weight, following = weight.gather(1, where), following.gather(1, where)
     if imitating:
-        loss, report = imitation_loss(model, ticks, u, tokens >= 0), {}
+        loss, report = imitation_loss(model, ticks, u), {}
     else:
-        loss, report = model.tick_loss(ticks, following, weight, other_tick)
+        loss, report = model.tick_loss(model.measure(ticks, following), following, weight, other_tick)
     if model.ctm:
-        report["y_out"] = ticks.y_out[tokens >= 0].detach().mean(0)
+        report["y_out"] = ticks.y_out[ticks.real].detach().mean(0)
     return loss, report
 
 
 def thinking_tokens(weight: torch.Tensor) -> torch.Tensor:
     """weight (B, T) -> (B, n) positions, in order: those that are learned first, chance among equals."""
-    n = max(1, int(weight.shape[1] * thinking_share))
-    return (weight + torch.rand(weight.shape).to(weight)).topk(n, 1).indices.sort(1).values
+    return foremost(weight, max(1, int(weight.shape[1] * thinking_share)))
 
 
-def imitation_loss(model: NanoCTM, ticks: Ticks, u: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def foremost(importance: torch.Tensor, n: int) -> torch.Tensor:
+    """importance (B, T) -> the n most important positions of each row, in order, by chance among equals."""
+    return (importance + torch.rand(importance.shape).to(importance)).topk(n, 1).indices.sort(1).values
+
+
+def imitation_loss(model: NanoCTM, ticks: Ticks, u: torch.Tensor) -> torch.Tensor:
     """Squared distance of every tick's output to the FFN's, relative to the power of the FFN's; 1 is saying nothing."""
     with torch.no_grad():
-        wanted = model.backbone.layers[-1].mlp(u)[real].float()
-    return (ticks.out[real].float() - wanted[:, None]).pow(2).mean() / wanted.pow(2).mean()
+        wanted = model.backbone.layers[-1].mlp(u)[ticks.real].float()
+    return (ticks.out[ticks.real].float() - wanted[:, None]).pow(2).mean() / wanted.pow(2).mean()
 
 
-def inherits(step: int) -> bool:
-    """Whether this step starts from an earlier session's sync: a fixed, even share of the steps."""
-    return int((step + 1) * inherited_share) > int(step * inherited_share)
+def share_of_steps(share: float, step: int) -> bool:
+    """Whether this step belongs to a fixed, evenly spread share of the steps."""
+    return int((step + 1) * share) > int(step * share)
 
 
 def inherited_sync(model: NanoCTM, before: torch.Tensor) -> torch.Tensor:
@@ -202,7 +229,131 @@ def inherited_sync(model: NanoCTM, before: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         real = (before >= 0).sum(1, keepdim=True)                   # rows are padded on the right: their last 64 tokens
         last = real - 64 + torch.arange(64, device=before.device)
-        return read_session(model, before.gather(1, last.clamp(min=0)).masked_fill(last < 0, -1)).m
+        return read_session(model, before.gather(1, last.clamp(min=0)).masked_fill(last < 0, -1))[0].m
+
+
+# -----------------------------------------------------------------------------
+# losses of phase 3: the carry, and learning to be writable
+
+def read_in_chunks(model: NanoCTM, tokens: torch.Tensor, session: SessionMemory) -> list[Thought]:
+    """Thoughts about one context, chunk by chunk with the carried sync, gradients throughout; the trunk runs ahead."""
+    trunk, following, at, thoughts = model.trunk(tokens), successors(tokens), 0, []
+    while at < tokens.shape[1]:
+        where = torch.arange(at, min(at + session.room(), tokens.shape[1]), device=tokens.device).expand(len(tokens), -1)
+        ticks = model.ticks(*trunk, m=session.m, where=where)
+        thoughts.append(model.measure(ticks, following.gather(1, where)))
+        session.observe(thoughts[-1], following.gather(1, where))
+        at += where.shape[1]
+    return thoughts
+
+
+def carried_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor, dict, list[Thought]]:
+    """The mixture read as sessions: sync carried from chunk to chunk, at times from before, at times across a cut."""
+    tokens, weight, before = (x[:carry_rows] for x in batch)
+    session, turn = SessionMemory(model, len(tokens), chunk), int(step * carry_share)       # turn: which carrying step
+    if share_of_steps(inherited_share, turn):
+        session.start(inherited_sync(model, before))
+    half = tokens.shape[1] // 2
+    parts = tokens.split(half, 1) if share_of_steps(cut_share, turn) else [tokens]          # a part is a context
+    thoughts = [thought for part in parts for thought in read_in_chunks(model, part, session)]
+    following, sizes = successors(tokens), [t.read_tick.shape[1] for t in thoughts]
+    losses, reports = zip(*(model.tick_loss(t, f, w, other_tick) for t, f, w in
+                            zip(thoughts, following.split(sizes, 1), weight.split(sizes, 1)) if (w > 0).any()))
+    return torch.stack(losses).mean(), {k: sum(r[k] for r in reports) / len(reports) for k in reports[0]}, thoughts
+
+
+def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, step: int) -> tuple[torch.Tensor, dict]:
+    """The mixture, with or without a carry, and episodes: what session A writes, session B is asked, beside ordinary text."""
+    carrying = share_of_steps(carry_share, step)
+    if carrying:
+        loss, report, thoughts = carried_loss(model, batch, step)
+        hidden, keys = (torch.cat([getattr(Lived.of(t), name) for t in thoughts], 1) for name in ("hidden", "key"))
+        report["key"] = keys.detach().flatten(0, 1)                 # whole rows: what ordinary reading looks like
+        report["text"] = hidden.flatten(0, 1), keys.flatten(0, 1)
+    else:
+        loss, report = mixture_loss(model, batch, step)
+    if through_write:
+        extra, more = episode_loss(model, told, report.pop("text", None), carrying)
+        loss, report = loss + extra, report | more
+    return loss, report
+
+
+def episode_loss(model: NanoCTM, e: data.Episodes, text: tuple | None, carrying: bool) -> tuple[torch.Tensor, dict]:
+    """Tell session A, write, ask session B in a fresh context: tick loss on its answers, contrast of keys, locality."""
+    lived, following, told_keys = told_session(model, e, carrying)
+    known, root = (following >= 0) & lived.real, math.sqrt(lived.key.shape[-1])
+    hidden, key, came = lived.hidden[known], lived.key[known], following[known]
+    salient, (_, surprise) = salience(model.ctm, key), model.score(hidden, came)
+    values = engrams(model, hidden, came, dopamine(surprise, model.ctm.mean_surprise) * salient)
+    plastic = written(key / root, values, salient, model.ctm.key_moment)
+
+    asking = (e.weight != 0).float()
+    where = foremost(2 * asking, int(asking.sum(1).max()))
+    ticks, after = model.ticks(*model.trunk(e.asked), where=where), successors(e.asked).gather(1, where)
+    thought, weight = model.measure(ticks, after, plastic), e.weight.gather(1, where)
+    answers, report = model.tick_loss(thought, after, weight, other_tick)
+
+    silent, alone = weight < 0, thought.alone
+    quiet = [(at_tick(alone.hidden, alone.read_tick)[silent], alone.key[silent])] + ([text] if text else [])
+    local = locality_loss(model, *map(torch.cat, zip(*quiet)), plastic)
+    row, at, fact = e.asked_at.T
+    agreement = alone.key[row, place(where, e.asked)[row, at]] @ told_keys.T / root**2         # (questions, facts) cosines
+    contrast = F.cross_entropy(contrast_scale * agreement, fact)
+    loss = answers + contrast_weight * contrast + locality_weight * local + salience_cost * salient.mean()
+    return loss, {"b_nats": report["nats"], "contrast": contrast.item(), "local": local.item(),
+                  "agree": agreement.gather(1, fact[:, None]).mean().item(), "hit": (agreement.argmax(1) == fact).float().mean().item(),
+                  "salient": salient.mean().item(), "salient_facts": salience(model.ctm, told_keys).mean().item()}
+
+
+EPISODE_FIGURES = ("b_nats", "contrast", "local", "agree", "hit", "salient", "salient_facts")
+
+
+def told_session(model: NanoCTM, e: data.Episodes, carrying: bool) -> tuple[Lived, torch.Tensor, torch.Tensor]:
+    """Read session A -> what was lived (B, n), the successors, and the key (facts, S) at which each fact's value was due.
+
+    Carrying, all tokens think, chunk by chunk; else those where a value is due, and others by chance.
+    """
+    row, at = e.told_at.T
+    if carrying:
+        thoughts = read_in_chunks(model, e.told, SessionMemory(model, len(e.told), chunk))
+        lived = Lived(*(torch.cat(column, 1) for column in zip(*map(Lived.of, thoughts))))
+        return lived, successors(e.told), lived.key[row, at]
+    due = torch.zeros(e.told.shape, device=e.told.device)
+    for later in range(3):                                          # a value is one to three tokens, as a rule
+        due[row, (at + later).clamp(max=due.shape[1] - 1)] = 2 - later / 4
+    where = foremost(due * (e.told >= 0) + (e.told >= 0), max(1, int(0.5 * due.shape[1])))
+    following = successors(e.told).gather(1, where)
+    lived = Lived.of(model.measure(model.ticks(*model.trunk(e.told), where=where), following))
+    return lived, following, lived.key[row, place(where, e.told)[row, at]]
+
+
+def place(where: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Where each position of tokens (B, T) stands in `where` (B, n); 0 for those left out."""
+    return torch.zeros_like(tokens).scatter(1, where, torch.arange(where.shape[1]).to(where).expand_as(where))
+
+
+def written(keys: torch.Tensor, values: torch.Tensor, salient: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Factors (n, S), (n, D) of all rows -> one memory W_m (D, S), with gradients.
+
+    "sum" is linear attention over the factors. "solved" is what the living rule arrives at when it may look at all
+    factors at once: W K' = V by ridge regression, ordinary text protected by its second moment sigma.
+    """
+    if write_rule == "sum":
+        return values.T @ keys
+    weighted = keys * salient[:, None]                              # values carry their salience already
+    taken = keys.T @ weighted + write_ridge * torch.eye(keys.shape[1]).to(keys) + write_n0 * sigma
+    return torch.linalg.solve(taken, keys.T @ values).T
+
+
+def locality_loss(model: NanoCTM, hidden: torch.Tensor, key: torch.Tensor, plastic: torch.Tensor, most: int = 64) -> torch.Tensor:
+    """KL from what is predicted without the memory to what is predicted with it, where it has nothing to say (n, D), (n, S)."""
+    if not len(hidden):
+        return hidden.sum()
+    chosen = torch.randperm(len(hidden))[:most].to(hidden.device)
+    hidden, key = hidden[chosen].detach(), key[chosen]
+    aided = hidden + (key @ plastic.T / math.sqrt(key.shape[-1])).to(hidden.dtype)
+    before, after = (model.head(x).float().log_softmax(-1) for x in (hidden, aided))
+    return F.kl_div(after, before, log_target=True, reduction="batchmean")
 
 
 @torch.no_grad()
@@ -216,6 +367,16 @@ def apply_baseline(model: NanoCTM, report: dict, step: int, world: int) -> None:
     rate = max(baseline_rate, 1 / (step + 1))
     model.ctm.baseline.lerp_(seen[:-1].view_as(model.ctm.baseline), rate)
     model.ctm.mean_surprise.lerp_(seen[-1], rate)
+
+
+@torch.no_grad()
+def apply_key_moment(model: NanoCTM, key: torch.Tensor, world: int) -> None:
+    """Move Sigma towards the second moment of these keys (n, S) of ordinary reading, as unit vectors."""
+    moment = key.T @ key / key.shape[1] / len(key)
+    if world > 1:
+        dist.all_reduce(moment)
+        moment = moment / world
+    model.ctm.key_moment.lerp_(moment, 2 * baseline_rate)
 
 
 # -----------------------------------------------------------------------------
@@ -232,7 +393,23 @@ def evaluate(model: NanoCTM, mixture: data.Mixture, device: str) -> dict[str, fl
         prompts, facts = data.context_questions(data.FactWorld(1000 + n, "held_out"), n, eval_questions)
         said = replies(model, mixture.tokenizer, prompts)
         found[f"recall_{n}"] = sum(map(data.is_recalled, said, facts)) / len(facts)
+    if phase == 3:
+        for n in (10, 50):
+            found[f"weights_{n}"] = recall_from_weights(model, mixture.tokenizer, n)
     return found
+
+
+def recall_from_weights(model: NanoCTM, words: data.Tokenizer, n_facts: int, per_session: int = 10) -> float:
+    """Held-out people told once in sessions, written by the living rule, asked in other words in a fresh context."""
+    world = data.FactWorld(2000 + n_facts, "held_out")
+    facts = world.facts(n_facts)
+    sessions = [words.encode("".join(p.text for p in world.told(facts[at:at + per_session]))) for at in range(0, n_facts, per_session)]
+    tokens = torch.from_numpy(data.padded(sessions, -1)).to(model.ctm.start_z.device)
+    plastic = Plastic.blank(model.ctm)
+    for factors in read_session(model, tokens, chunk)[1]:
+        plastic = compact_memory(model.ctm, plastic, factors)
+    said = replies(model, words, [data.user_turn(world.ask(f, held_out=True)) for f in facts], plastic=plastic.weight.float().to(tokens.device))
+    return sum(map(data.is_recalled, said, facts)) / n_facts
 
 
 # -----------------------------------------------------------------------------
@@ -342,8 +519,10 @@ def header(config: dict, world: int) -> dict:
 
 def check_settings() -> None:
     """ValueError in one line for what a type check cannot see."""
-    if phase not in (1, 2):
-        raise ValueError(f"expected phase 1 or 2, found {phase}: later phases come with the memory")
+    if phase not in (1, 2, 3):
+        raise ValueError(f"expected phase 1, 2 or 3, found {phase}: phase 4 is living, see sample.py --memory on")
+    if phase == 3 and block != "ctm":
+        raise ValueError(f"expected block 'ctm' in phase 3, found {block!r}: only the CTM block has keys to write to")
     if other_tick not in ("any", "best"):
         raise ValueError(f"expected other_tick 'any' or 'best', found {other_tick!r}: choose one of the two")
     if device not in ("", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
@@ -371,6 +550,9 @@ def main() -> None:
     if words.n_vocab > model.backbone.config.vocab_size:
         raise ValueError(f"expected a tokenizer of at most {model.backbone.config.vocab_size} words, found {words.n_vocab}: "
                          f"use the tokenizer that belongs to {base or 'vocab_size'}")
+    if model.ctm:                                                   # by which a living memory judges its writes
+        windows = [train_text[i * (len(train_text) // 4):][:model.ctm.ordinary.shape[1]].astype("int64") for i in range(4)]
+        model.ctm.ordinary.copy_(torch.from_numpy(np.stack(windows)))
     model.checkpoint_ticks = checkpoint_ticks
     if compile and model.ctm:
         model.ctm.tick = torch.compile(model.ctm.tick)
@@ -399,8 +581,13 @@ def main() -> None:
         for micro in range(accumulation):
             batch = mixture.batch(B, step, micro, rank)
             tokens_read += int((batch[0] >= 0).sum()) * world
+            batch = tuple(torch.from_numpy(x).to(where) for x in batch)
             with autocast:
-                loss, report = step_loss(model, tuple(torch.from_numpy(x).to(where) for x in batch), step)
+                if phase == 3:
+                    told = data.Episodes(*(torch.from_numpy(x).to(where) for x in mixture.episodes(episode_facts, step, micro, rank)))
+                    loss, report = phase3_loss(model, batch, told, step)
+                else:
+                    loss, report = mixture_loss(model, batch, step)
             (loss / accumulation).backward()
             total += loss.item() / accumulation
         average_gradients(learning, world)
@@ -409,8 +596,10 @@ def main() -> None:
             raise ValueError(not_finite(f"loss {total} with gradient norm {norm}", step, folder))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if model.ctm:
+        if "y_out" in report:
             apply_baseline(model, report, step, world)
+        if "key" in report:
+            apply_key_moment(model, report["key"], world)
 
         done = step + 1
         busy, counted = busy + time.time() - clock, counted + 1     # norm and loss were read: the device has finished
@@ -422,7 +611,8 @@ def main() -> None:
             keep(model, optimizer, folder, state, score=val["val"] + 1 - val["recall_8"])       # text and recall both count
         if val or done % log_interval == 0:
             log.step(done, max_steps, {"loss": total, "nats": report.get("nats"), "lr": learning_rate(step), "norm": norm.item(),
-                                       "tick": report.get("read_tick"), **val}, before + (time.time() - begin) / 60, busy / counted, tokens_read / busy)
+                                       "tick": report.get("read_tick"),
+                                       **{k: v for k, v in report.items() if k in EPISODE_FIGURES}, **val}, before + (time.time() - begin) / 60, busy / counted, tokens_read / busy)
             busy, counted, tokens_read = 0.0, 0, 0
     if world > 1:
         print(f"weights of rank {rank}: {fingerprint(model.backbone if phase == 1 else block_module(model))}", flush=True)

@@ -35,7 +35,7 @@ def test_tiktoken_runs_the_trained_merges_exactly_as_tokenizers_does(tmp_path):
 
 
 def test_names_and_values_are_short_and_held_out_ones_are_never_told_in_training(words):
-    told = " ".join("".join(text for text, _ in data.FactWorld(seed, "train").session(8, 8)) for seed in range(300))
+    told = " ".join("".join(text for text, *_ in data.FactWorld(seed, "train").session(8, 8)) for seed in range(300))
     assert not set(data.NAMES["train"]) & set(data.NAMES["held_out"])
     assert not set(data.NAMES["held_out"]) & set(re.findall(r"\w+", told))
     lengths = [len(words.encode(" " + n)) for names in data.NAMES.values() for n in names]
@@ -110,7 +110,7 @@ def test_a_session_is_encoded_as_its_whole_text_is(words):
     mix, world = data.Mixture(words, np.arange(5000) % 2000, 256, 0.0, 0.0, seed=1), data.FactWorld(5)
     for _ in range(50):
         pieces = world.session(4, 3)
-        assert mix.encode_session(pieces)[0][:-1] == words.encode("".join(text for text, _ in pieces))
+        assert mix.encode_session(pieces)[0][:-1] == words.encode("".join(text for text, *_ in pieces))
 
 
 # -----------------------------------------------------------------------------

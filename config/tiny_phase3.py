@@ -1,0 +1,25 @@
+"""The tiny block learns to be written to: told in one session, asked in another, through the write itself.
+
+    torchrun --nproc_per_node=2 train.py config/tiny_phase3.py
+    torchrun --nproc_per_node=2 train.py config/tiny_phase3.py --through_write=False --out_dir=out/tiny_unwritten     # the control
+"""
+phase = 3
+base = "out/tiny_phase1/last"
+graft = "out/tiny_phase2/last/graft.safetensors"
+out_dir = "out/tiny_phase3"
+tokenizer = "out/tokenizer"
+text = "data/tiny"
+text_share = 0.7
+B = 4                       # per process
+T = 256
+ticks = 8
+history = 8
+sync = 512
+nlm_hidden = 4
+unet_step = 64
+block_head_dim = 64
+thinking_share = 0.375
+max_steps = 1200
+lr = 2e-3
+min_lr = 1e-4
+eval_interval = 200

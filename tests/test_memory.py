@@ -1,0 +1,298 @@
+"""The memory: what a session carries, what it writes, and a store that says exactly what it knows. Invariants 2, 3, 5, 7, 8, 11."""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import randomised, some_tokens
+from memory import (Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, compact_memory, norm_ratio, output_change,
+                    read_session)
+from model import Cache, generate
+
+ROOT = Path(__file__).parent.parent
+
+
+def some_factors(model, n: int, seed: int = 0) -> Factors:
+    chance = torch.Generator().manual_seed(seed)
+    D, S = model.ctm.c_proj.weight.shape
+    keys = torch.nn.functional.normalize(torch.randn(n, S, generator=chance), dim=1)
+    return Factors(keys, torch.randn(n, D, generator=chance), *torch.rand(3, n, generator=chance).unbind(), torch.arange(n), torch.arange(n) % 3)
+
+
+def a_snapshot(model, seed: int = 0) -> Snapshot:
+    chance = torch.Generator().manual_seed(seed)
+    D, S = model.ctm.c_proj.weight.shape
+    return Snapshot(torch.randn(2, S, generator=chance), torch.rand(2, S, generator=chance) + 1, torch.randn(D, generator=chance))
+
+
+# -----------------------------------------------------------------------------
+# invariants 2 and 3: a session is the same however it is cut into calls
+
+def lived(session: SessionMemory) -> tuple:
+    factors = session.close()
+    return session.alpha, session.beta, session.m, *(torch.cat(column) for column in zip(*factors))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 8])
+@pytest.mark.parametrize("cuts", [[24], [1] * 24, [7, 17], [16, 8], [9, 1, 14]])
+def test_a_session_read_in_any_pieces_is_the_same_session(model, chunk, cuts):
+    tokens = some_tokens(model, 2, 24)
+    model.ctm.log_half_life.copy_(torch.rand_like(model.ctm.log_half_life) * 2 + 1)
+    plastic = torch.randn(model.ctm.c_proj.weight.shape)
+
+    def read(pieces) -> tuple:
+        session, cache = SessionMemory(model, 2, chunk, threshold=0.2), Cache()
+        for piece in tokens.split(pieces, 1):
+            cache = session.read(piece, cache, plastic).cache
+        return lived(session)
+    for whole, pieced in zip(read([24]), read(cuts)):
+        assert whole.shape == pieced.shape and (whole.float() - pieced.float()).abs().max() < 1e-4
+    assert len(read([24])[3]) > 4
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 8])
+def test_left_padding_changes_no_session(model, chunk):
+    tokens = some_tokens(model, 1, 19)
+    pad = torch.full((1, 5), -1)
+    alone, _ = read_session(model, tokens, chunk)
+    both, factors = read_session(model, torch.cat([torch.cat([pad, tokens], 1), torch.cat([tokens[:, 5:], tokens[:, :5] * 0 - 1, pad], 1)]),
+                                 chunk, threshold=0.0)
+    assert (both.m[0] - alone.m[0]).abs().max() < 1e-4 and (both.alpha[0] - alone.alpha[0]).abs().max() < 1e-4
+    assert factors[0].position.tolist() == list(range(18)) and factors[1].position.tolist() == list(range(13))
+
+
+def test_generating_with_a_session_equals_reading_what_was_said(model):
+    prompt = some_tokens(model, 1, 11)
+    session, said = SessionMemory(model, 1, 4, threshold=0.0), []
+    for spoken in generate(model, prompt, 6, session=session):
+        said.append(int(spoken.token))
+    again = SessionMemory(model, 1, 4, threshold=0.0)
+    thought = again.read(prompt, Cache())
+    again.read(torch.tensor([said[:-1]]), thought.cache, own=5)
+    for a, b in zip(lived(session), lived(again)):
+        assert a.shape == b.shape and (a.float() - b.float()).abs().max() < 1e-4
+
+
+def test_what_the_model_said_itself_is_carried_and_never_eligible(model):
+    prompt, reply, question = (some_tokens(model, 1, n, seed=n) for n in (6, 5, 4))
+    session = SessionMemory(model, 1, 4, threshold=0.0)
+    cache = session.read(prompt, Cache()).cache
+    cache = session.read(reply, cache, own=5).cache
+    session.read(torch.cat([reply[:, -1:] * 0 + 1, question], 1), cache, own=1)
+    kept = session.close()[0].position.tolist()
+    assert kept == [0, 1, 2, 3, 4, 11, 12, 13, 14]                  # position 5 was followed by the reply, 10 by its end
+    silent = read_session(model, prompt, 4)[0]
+    assert (session.alpha - silent.alpha).abs().max() > 1e-3
+
+
+def test_factors_do_not_depend_on_what_is_stored(model):
+    tokens = some_tokens(model, 1, 20)
+    runs = []
+    for plastic in (None, 10 * torch.randn(model.ctm.c_proj.weight.shape)):
+        session = SessionMemory(model, 1, 8, threshold=0.0)
+        thought = session.read(tokens, Cache(), plastic)
+        runs.append((thought, lived(session)))
+    assert not torch.allclose(runs[0][0].hidden, runs[1][0].hidden)
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1]))
+
+
+def test_the_budget_keeps_the_strongest(model):
+    session, factors = read_session(model, some_tokens(model, 1, 30), threshold=0.0, budget=7)
+    _, everything = read_session(model, some_tokens(model, 1, 30), threshold=0.0)
+    strength = everything[0].salience * everything[0].dopamine
+    assert len(factors[0].keys) == 7 and factors[0].position.tolist() == sorted(strength.topk(7).indices.tolist())
+
+
+# -----------------------------------------------------------------------------
+# invariant 7: the write
+
+def test_the_write_is_the_projected_delta_rule(model):
+    """Against the equations solved afresh for every token; and read as linear attention over the solved factors."""
+    ctm, rule, D, S = model.ctm, WriteRule(n0=7.0, ridge=0.1, fade=0.5), *model.ctm.c_proj.weight.shape
+    sessions = [some_factors(model, 6, seed) for seed in range(3)]
+    plastic = Plastic.blank(ctm)
+    for factors in sessions:
+        plastic = compact_memory(ctm, plastic, factors, rule)
+    W, solved, past = torch.zeros(D, S, dtype=torch.float64), [], torch.zeros(S, S, dtype=torch.float64)
+    for factors in sessions:
+        past = rule.fade * past
+        for k, v in zip(factors.keys.double(), factors.values.double()):
+            along = torch.linalg.solve(rule.n0 * ctm.key_moment.double() + rule.ridge * torch.eye(S, dtype=torch.float64) + past, k)
+            solved.append((along / (k @ along), v - W @ k))
+            W += torch.outer(solved[-1][1], solved[-1][0])
+            past += torch.outer(k, k)
+    assert (W - plastic.weight).abs().max() < 1e-8
+    key = model(some_tokens(model, 1, 9)).keys
+    attended = sum((key.double() @ k)[..., None] * v for k, v in solved)
+    assert (attended - key.double() @ plastic.weight.T).abs().max() < 1e-8
+
+
+def test_a_written_key_answers_a_repeated_one_adds_nothing_and_a_changed_one_replaces(model):
+    facts = some_factors(model, 5)
+    once = compact_memory(model.ctm, Plastic.blank(model.ctm), facts, WriteRule(n0=0.0, ridge=1e-6))
+    assert (facts.keys.double() @ once.weight.T - facts.values).abs().max() < 1e-3
+    twice = compact_memory(model.ctm, once, facts, WriteRule(n0=0.0, ridge=1e-6))
+    assert (twice.weight - once.weight).abs().max() < 1e-3
+    changed = compact_memory(model.ctm, once, facts._replace(values=-facts.values), WriteRule(n0=0.0, ridge=1e-6))
+    assert (facts.keys.double() @ changed.weight.T + facts.values).abs().max() < 1e-2
+
+
+def test_caps_bound_the_write_and_keep_its_direction(model):
+    free = compact_memory(model.ctm, Plastic.blank(model.ctm), some_factors(model, 5), WriteRule())
+    for rule, measure in ((WriteRule(cap=0.001), output_change), (WriteRule(norm_cap=0.01), norm_ratio)):
+        bound = compact_memory(model.ctm, Plastic.blank(model.ctm), some_factors(model, 5), rule)
+        assert measure(model.ctm, bound.weight) == pytest.approx(rule.cap if measure is output_change else rule.norm_cap, rel=1e-6)
+        assert torch.cosine_similarity(bound.weight.flatten(), free.weight.flatten(), dim=0) > 1 - 1e-9
+
+
+def test_memory_off_reads_nothing_that_belongs_to_the_memory(model):
+    tokens = some_tokens(model, 2, 20)
+    before = model(tokens)
+    for name in ("salience_weight", "salience_bias", "engram", "log_eta", "key_moment", "log_half_life", "mean_surprise"):
+        getattr(model.ctm, name).data.fill_(float("nan"))
+    after = model(tokens)
+    assert torch.equal(before.hidden, after.hidden) and torch.equal(before.certainty, after.certainty)
+
+
+# -----------------------------------------------------------------------------
+# the store
+
+@pytest.fixture
+def small():
+    return randomised("grouped queries")
+
+
+def commit(store: Store, seed: int, n: int = 4) -> dict:
+    return store.commit(some_factors(store.model, n, seed), a_snapshot(store.model, seed), 20)
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "lock"}
+
+
+def test_what_is_loaded_equals_what_was_saved_and_a_forgotten_session_was_never_told(small, tmp_path):
+    with Store(tmp_path / "a", small, max_drift=math.inf) as a, Store(tmp_path / "b", small, max_drift=math.inf) as b:
+        ids = [commit(a, seed)["id"] for seed in (1, 2, 3)]
+        for seed in (1, 3):
+            commit(b, seed)
+        three = a.plastic()
+        assert not torch.equal(three, b.plastic())
+        a.forget(ids[1])
+        assert torch.equal(a.plastic(), b.plastic())
+        files = everything(tmp_path / "a")
+        assert files.keys() == everything(tmp_path / "b").keys() and not any(ids[1] in f for f in files)
+    with Store(tmp_path / "a", small) as again:
+        assert torch.equal(again.plastic(), b.plastic()) and all(torch.equal(x, y) for x, y in zip(again.factors[1], some_factors(small, 4, 3)))
+
+
+def test_read_only_never_writes_a_byte_and_needs_no_lock(small, tmp_path):
+    with Store(tmp_path, small, max_drift=math.inf) as store:
+        commit(store, 1)
+        before, written = everything(tmp_path), (tmp_path / "lock").stat().st_mtime_ns
+        with Store(tmp_path, small, read_only=True) as reader:
+            assert torch.equal(reader.plastic(), store.plastic())
+            for change in (lambda: commit(reader, 2), lambda: reader.forget("all")):
+                with pytest.raises(ValueError, match="open for writing"):
+                    change()
+        assert everything(tmp_path) == before and (tmp_path / "lock").stat().st_mtime_ns == written
+
+
+def test_one_writer_at_a_time_and_it_is_named(small, tmp_path):
+    with Store(tmp_path, small):
+        with pytest.raises(ValueError, match=f"process {os.getpid()} writing"):
+            Store(tmp_path, small)
+    Store(tmp_path, small).close()
+
+
+def test_a_refused_session_leaves_the_store_as_it_was(small, tmp_path):
+    with Store(tmp_path, small, max_drift=math.inf) as store:
+        commit(store, 1)
+        before, plastic = everything(tmp_path), store.plastic()
+        factors = some_factors(small, 3, 5)
+        with pytest.raises(ValueError, match="finite session"):
+            store.commit(factors._replace(values=factors.values / 0), a_snapshot(small), 9)
+        with pytest.raises(ValueError, match="found an empty one"):
+            store.commit(factors, a_snapshot(small), 0)
+        store.max_drift = -100.0
+        with pytest.raises(ValueError, match="costs ordinary text at most"):
+            commit(store, 2)
+        assert everything(tmp_path) == before and torch.equal(store.plastic(), plastic)
+
+
+def test_files_that_no_manifest_names_are_removed_on_open(small, tmp_path):
+    with Store(tmp_path, small, max_drift=math.inf) as store:
+        commit(store, 1)
+    before = everything(tmp_path)
+    for orphan in ("sessions/half.safetensors", "snapshots/x", "manifest.json.new"):
+        (tmp_path / orphan).write_bytes(b"half written")
+    Store(tmp_path, small, read_only=True).close()
+    assert len(everything(tmp_path)) == len(before) + 3             # a reader touches nothing
+    Store(tmp_path, small).close()
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["sessions", "snapshots", "manifest.json"])
+def test_damage_is_named_in_one_line(small, tmp_path, kind):
+    with Store(tmp_path, small, max_drift=math.inf) as store:
+        commit(store, 1)
+    path = next((tmp_path / kind).glob("*")) if (tmp_path / kind).is_dir() else tmp_path / kind
+    whole = path.read_bytes()
+    for broken in (whole[:len(whole) // 2], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]) if kind != "manifest.json" else (whole[:40], b"[]"):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="expected .* found") as problem:
+            with Store(tmp_path, small) as store:
+                store.nearest(torch.zeros(64))
+        assert "\n" not in str(problem.value) and path.read_bytes() == broken
+
+
+def test_foreign_stores_and_folders_are_refused(small, tmp_path):
+    with Store(tmp_path / "a", small):
+        pass
+    with pytest.raises(ValueError, match="memory of these weights"):
+        Store(tmp_path / "a", randomised("grouped queries", seed=1))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/holiday.txt").write_text("sun")
+    with pytest.raises(ValueError, match="found other files"):
+        Store(tmp_path / "b", small)
+    with pytest.raises(ValueError, match="found none"):
+        Store(tmp_path / "c", small, read_only=True)
+    manifest = json.loads((tmp_path / "a/manifest.json").read_text())
+    (tmp_path / "a/manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    with pytest.raises(ValueError, match="found 99"):
+        Store(tmp_path / "a", small)
+
+
+def test_sessions_travel_by_export_and_import(small, tmp_path):
+    with Store(tmp_path / "a", small, max_drift=math.inf) as a, Store(tmp_path / "b", small, max_drift=math.inf) as b:
+        ids = [commit(a, seed)["id"] for seed in (1, 2)]
+        commit(b, 1)
+        assert a.export(tmp_path / "all.safetensors") == 2
+        assert b.import_from(tmp_path / "all.safetensors") == 1     # one was known
+        assert torch.equal(a.plastic(), b.plastic()) and [e["id"] for e in b.entries] == ids
+        before = everything(tmp_path / "b")
+        damaged = (tmp_path / "all.safetensors").read_bytes()[:-200]
+        (tmp_path / "damaged.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match="whole safetensors file"):
+            b.import_from(tmp_path / "damaged.safetensors")
+        with pytest.raises(ValueError, match="id of a remembered session"):
+            b.forget("nobody")
+        assert everything(tmp_path / "b") == before
+    with Store(tmp_path / "c", randomised("grouped queries", seed=1)) as c:
+        with pytest.raises(ValueError, match="keys of another model"):
+            c.import_from(tmp_path / "all.safetensors")
+
+
+def test_the_nearest_snapshot_warms_a_session_and_age_fades_it(small, tmp_path):
+    with Store(tmp_path, small, max_drift=math.inf) as store:
+        for seed in (1, 2):
+            commit(store, seed)
+        wanted = a_snapshot(small, 2)
+        assert torch.allclose(store.nearest(wanted.about)[0], wanted.m)
+        assert store.nearest(-wanted.about) is None
+        store.entries[1]["told_at"] -= 365 * 86400
+        assert store.nearest(wanted.about) is None
