@@ -89,6 +89,7 @@ carry_share = 0.34          # these steps; on the others nothing is carried
 cut_share = 0.5             # of the carrying steps: the context is dropped half-way, the sync goes on
 episode_facts = 32          # told a step and process, in sessions that share one memory, and asked in others
 through_write = True        # learn through the write; False is the control
+write_strength = 20.0       # eta at the start: |g E|^2 eta / |h| should be several nats
 write_rule = "solved"       # how factors become the memory in training: "sum", or "solved" by ridge regression
 write_ridge = 0.1           # of the solved rule
 write_n0 = 0.0              # of the solved rule: ordinary text weighs as much as so many keys
@@ -152,6 +153,8 @@ def build_model() -> NanoCTM:
         raise ValueError("phase 3 expected graft, found none: run `python train.py config/tiny_phase2.py` first, then set "
                          "--graft=out/tiny_phase2/last/graft.safetensors")
     model = load_graft(base, Path(graft)) if phase == 3 else load_backbone(base, thought=thought_config(), block=block)
+    if phase == 3:
+        model.ctm.log_eta.data.fill_(math.log(write_strength))
     model.requires_grad_(False)
     block_module(model).float().requires_grad_(True)
     return model
