@@ -2,11 +2,12 @@
 
     python bench.py quality             # the tiny weights, about a minute
     python bench.py quality --full      # and the question "depth or thinking time?", trained on the spot (an hour)
+    python bench.py memory              # recall from weights after a restart, against other ways, in a few minutes
     python bench.py card                # after `make tiny`: copy what was trained into weights/, with its card
 
 A table for people, and as the last line of standard output one JSON object with every figure, its seeds, the commit,
 the hardware and the sha256 of its text. All text and all people are held out. No threshold lives here: what is good
-enough is the reader's to say. Left out so far: memory, endurance, sleep, speed.
+enough is the reader's to say. Left out so far: endurance, sleep, speed.
 """
 import hashlib
 import json
@@ -15,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import mean, stdev
@@ -25,8 +27,10 @@ from torch import Tensor
 
 import configurator
 import data
-from model import (BackboneConfig, NanoCTM, ThoughtConfig, Thought, block_module, flops_per_token, load_backbone, load_graft,
-                   replies, successors)
+from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, about, compact_memory, norm_ratio,
+                    output_change, read_session)
+from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, at_tick, block_module, flops_per_token, generate,
+                   load_backbone, load_graft, replies, successors)
 
 # -----------------------------------------------------------------------------
 # settings
@@ -34,6 +38,8 @@ from model import (BackboneConfig, NanoCTM, ThoughtConfig, Thought, block_module
 base = "weights/backbone"                   # the tiny backbone with its own FFN
 graft = "weights/graft.safetensors"         # the CTM block in its last layer
 control = "weights/ffn.safetensors"         # the backbone's FFN, trained further on the same tokens
+control_unwritten = "weights/unwritten.safetensors"     # the block after phase 3 without the write
+folder = ""                                 # of `answer`, which `memory` starts as its second process
 tokenizer = "weights"
 seeds = 3                                   # samples of text and of questions; the spread is over these
 rows = 24                                   # windows of held-out text per seed
@@ -278,6 +284,365 @@ def print_table(found: dict, by_tick: list[float], recovered: float, costs: list
 
 
 # -----------------------------------------------------------------------------
+# memory: told once, written, asked in another process
+
+class Mind:
+    """The model with its words: told sessions, asked questions. Everything greedy, everybody held out."""
+
+    def __init__(self, name: str = ""):
+        self.model, self.words = load_graft(base, Path(name or graft)).eval().requires_grad_(False), data.Tokenizer(tokenizer)
+        self.ctm = self.model.ctm
+
+    def told(self, sessions: list[str]) -> list[tuple[Factors, Snapshot, int]]:
+        """Read each text as one session, side by side: what it leaves, and how many tokens it had."""
+        left = []
+        for part in batches(sessions, 25):
+            ids = [self.words.encode(text) for text in part]
+            session, factors = read_session(self.model, torch.from_numpy(data.padded(ids, -1)))
+            left += [(f, session.snapshot(i, torch.tensor(ids[i])), len(ids[i])) for i, f in enumerate(factors)]
+        return left
+
+    def factors(self, sessions: list[str]) -> list[Factors]:
+        return [f for f, _, _ in self.told(sessions)]
+
+    def write(self, factors: list[Factors], onto: Plastic | None = None) -> Plastic:
+        plastic = onto or Plastic.blank(self.ctm)
+        for f in factors:
+            plastic = compact_memory(self.ctm, plastic, f)
+        return plastic
+
+    def ask(self, questions: list[str], plastic: Plastic | Tensor | None = None, before: str = "") -> list[str]:
+        """Each question as a new session, after `before`, which is read in the same context; -> the replies."""
+        weight = plastic.weight.float() if isinstance(plastic, Plastic) else plastic
+        prompts = [self.words.encode(before + data.user_turn(q)) for q in questions]
+        said: dict[int, str] = {}
+        for length in sorted({len(p) for p in prompts}):            # one length at a time: nothing is padded
+            for part in batches([i for i, p in enumerate(prompts) if len(p) == length], 50):
+                session = SessionMemory(self.model, len(part), threshold=1.1)
+                steps = [s.token for s in generate(self.model, torch.tensor([prompts[i] for i in part]), 16, stop=self.words.im_end,
+                                                   plastic=weight, session=session)]
+                for i, row in zip(part, torch.stack(steps, 1).tolist()):
+                    said[i] = self.words.decode([t for t in row if t >= 0 and t != self.words.im_end])
+        return [said[i] for i in range(len(prompts))]
+
+    def recall(self, world: data.FactWorld, facts: list[data.Fact], plastic, held_out: bool = True, wanted: list[data.Fact] | None = None) -> float:
+        replies = self.ask([world.ask(f, held_out) for f in facts], plastic)
+        return mean(map(data.is_recalled, replies, wanted or facts))
+
+
+def batches(items: list, size: int) -> list[list]:
+    return [items[at:at + size] for at in range(0, len(items), size)]
+
+
+def session_text(world: data.FactWorld, facts: list[data.Fact]) -> str:
+    return "".join(piece.text for piece in world.told(facts))
+
+
+def wilson(share: float, n: int, z: float = 1.96) -> list[float]:
+    """95 % interval of a share of n (Wilson 1927)."""
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+
+
+def after_restart(mind: Mind, folder: Path, stores: list[tuple[list, list[str]]]) -> list[list[str]]:
+    """Commit sessions to a store each, then let a new process open them and answer; -> the replies, store by store."""
+    text = OrdinaryText(mind.model)
+    for i, (sessions, _) in enumerate(stores):
+        with Store(folder / str(i), mind.model, text=text) as store:
+            for factors, snapshot, tokens in sessions:
+                store.commit(factors, snapshot, tokens)
+    (folder / "questions.json").write_text(json.dumps([asked for _, asked in stores]))
+    answered = subprocess.run([sys.executable, __file__, "answer", f"--folder={folder}", f"--base={base}", f"--graft={graft}",
+                               f"--tokenizer={tokenizer}"], capture_output=True, text=True)
+    if answered.returncode:
+        raise ValueError(f"expected answers from a second process, found: {answered.stderr.strip().splitlines()[-1]}")
+    return json.loads((folder / "answers.json").read_text())
+
+
+def answer() -> dict:
+    """What the second process does: open each store, ask, write down the replies. Nothing else is known to it."""
+    mind, said = Mind(), []
+    for i, asked in enumerate(json.loads((Path(folder) / "questions.json").read_text())):
+        with Store(Path(folder) / str(i), mind.model, read_only=True) as store:
+            said.append(mind.ask(asked, store.plastic()))
+    (Path(folder) / "answers.json").write_text(json.dumps(said))
+    return {"stores": len(said), "text_sha256": ""}
+
+
+def restart_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact], left: list, singles: list) -> tuple[dict, list[bool]]:
+    """Recall at N = 1, 10, 100, in a new process; and which of the 100 were recalled, in the order told."""
+    people = {f.name for f in facts}
+    asked = {kind: [world.ask(f, held_out=kind != "direct") for f in facts] for kind in ("direct", "paraphrase")}
+    strangers = [world.near_miss(f, people) for f in facts]
+    asked["near_miss"] = [world.ask(f, held_out=True) for f in strangers]
+    plan = {"1": [([s], [i]) for i, s in enumerate(singles)], "100": [(left, list(range(len(facts))))],
+            "10": [([s], list(range(10 * i, 10 * i + 10))) for i, s in enumerate(left)]}
+    found, recalled = {}, []
+    for n, stores in plan.items():
+        with tempfile.TemporaryDirectory() as where:
+            said = after_restart(mind, Path(where), [(s, [asked[k][i] for k in asked for i in which]) for s, which in stores])
+        for j, kind in enumerate(asked):
+            wanted = [f._replace(name=s.name) if kind == "near_miss" else f for f, s in zip(facts, strangers)]
+            right = [data.is_recalled(r, wanted[i]) for (_, which), rs in zip(stores, said)
+                     for i, r in zip(which, rs[j * len(which):(j + 1) * len(which)])]
+            found[f"{n}_{kind}"] = mean(right)
+            recalled = right if (n, kind) == ("100", "paraphrase") else recalled
+    return found, recalled
+
+
+def neighbour_figures(mind: Mind, world: data.FactWorld, relation: str) -> dict:
+    """What ten people of one relation lose when 1, 10 and 100 others of the same relation are told after them."""
+    facts = world.population(110, [relation])
+    left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
+    ones = mind.factors([session_text(world, part[:1]) for part in batches(facts, 10)])
+    lost = {n: [] for n in ("1", "10", "100")}
+    for j in range(10):
+        own, first = facts[10 * j:10 * j + 10], mind.write([left[j]])
+        before = mind.recall(world, own, first)
+        for n, later in (("1", [ones[j + 1]]), ("10", [left[j + 1]]), ("100", left[:j] + left[j + 1:])):
+            lost[n].append(before - mind.recall(world, own, mind.write(later, first)))
+    return {f"{n}_neighbour_drop": mean(v) for n, v in lost.items()}
+
+
+def order_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact], left: list[Factors]) -> dict:
+    """First of ten sessions, each session having been first; facts that change; denials; the model's own guesses."""
+    parts = batches(facts, 10)
+    first = mean(mind.recall(world, parts[j], mind.write(left[j:] + left[:j])) for j in range(10))
+    everything = mind.write(left)
+    changed = [world.another_value(f) for f in facts]
+    after = mind.write(mind.factors([session_text(world, part) for part in batches(changed, 10)]), everything)
+    replies = mind.ask([world.ask(f, held_out=True) for f in facts], after)
+    denied = mind.write(mind.factors([data.user_turn(" ".join(map(data.denial, part))) for part in parts]))
+    guessed = mind.write([own_guess(mind, world, f) for f in facts])
+    return {"retention": first, "changed": mean(map(data.is_recalled, replies, changed)), "old": mean(map(data.is_recalled, replies, facts)),
+            "negation": mind.recall(world, facts, denied), "own_guess": mind.recall(world, facts, guessed)}
+
+
+def own_guess(mind: Mind, world: data.FactWorld, fact: data.Fact) -> Factors:
+    """A session in which the user only asked, and the model said `fact` by itself."""
+    asked, said = ([*mind.words.encode(t)] for t in (data.user_turn(world.ask(fact)), data.answer(fact) + data.TURN_END))
+    session = SessionMemory(mind.model, 1)
+    thought = session.read(torch.tensor([asked]), Cache())
+    session.read(torch.tensor([said]), thought.cache, own=len(said))
+    return session.close()[0]
+
+
+def capacity_figures(mind: Mind, world: data.FactWorld) -> dict:
+    """Recall of 100 of the facts told so far, in sessions of 10, as they become more."""
+    S = mind.ctm.config.sync
+    sizes = [n for n in (S // 8, S // 4, S // 2, S, 2 * S, 4 * S) if n <= len(world.names) * len(data.RELATIONS)]
+    facts, plastic, told, found = world.population(sizes[-1]), None, 0, {}
+    left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
+    for n in sizes:
+        plastic, told = mind.write(left[told:-(-n // 10)], plastic), -(-n // 10)
+        found[f"capacity_{n}"] = mind.recall(world, world.rng.sample(facts[:n], min(n, 100)), plastic)
+    return found
+
+
+# -- the other arms, on the same facts
+
+def arm_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact], left: list[Factors], singles: list[Factors],
+                texts: dict[int, list[str]], nats) -> dict:
+    """Memory off; all in the prompt; a random write of the same size; facts deranged within their relation; fine-tuning."""
+    off = mind.recall(world, facts, None)
+    found = {f"off_{n}": off for n in (1, 10, 100)} | {"off_text_nats": nats(None)}
+    for n in (1, 10):
+        said = [mind.ask([world.ask(f, held_out=True) for f in part], None, text)
+                for part, text in zip(batches(facts, n), texts[n])]
+        found[f"in_context_{n}"] = mean(map(data.is_recalled, sum(said, []), facts))
+    for n, factors in ((1, singles[:1]), (10, left[:1]), (100, left)):
+        weight = mind.write(factors).weight
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        noise = Plastic(noise * weight.norm() / noise.norm(), torch.zeros(0))
+        found[f"random_{n}"] = mind.recall(world, facts, noise)
+        found[f"random_{n}_text_nats"] = nats(noise)
+    lies = deranged(world, facts)
+    for n in (1, 10, 100):
+        lied = mind.factors([session_text(world, part) for part in batches(lies, min(n, 10))])
+        groups = [lied] if n == 100 else [[f] for f in lied]
+        said = [mind.recall(world, part, mind.write(group)) * len(part) for part, group in zip(batches(facts, n), groups)]
+        found[f"deranged_{n}"] = sum(said) / len(facts)
+    return found
+
+
+def deranged(world: data.FactWorld, facts: list[data.Fact]) -> list[data.Fact]:
+    """Everybody with the value of somebody else of the same relation, never their own."""
+    lies = []
+    for f in facts:
+        others = [g.value for g in facts if g.relation == f.relation and g.value != f.value]
+        lies.append(f._replace(value=world.rng.choice(others or [world.another_value(f).value])))
+    return lies
+
+
+class FineTuning:
+    """Gradient descent on the very tensor that memory is written beside. Its inputs do not depend on it: thought about once."""
+
+    def __init__(self, mind: Mind, sessions: list[str]):
+        self.mind, self.sessions = mind, []
+        for text in sessions:
+            tokens = torch.tensor([mind.words.encode(text)])
+            thought, t = mind.model(tokens), mind.model.ticks(*mind.model.trunk(tokens))
+            keys, known = thought.key, successors(tokens) >= 0
+            self.sessions.append((at_tick(t.h[:, :, None] + t.out, thought.read_tick)[known], keys[known], successors(tokens)[known]))
+        self.weight = torch.zeros(mind.ctm.c_proj.weight.shape, requires_grad=True)
+        self.tokens = sum(len(k) for _, k, _ in self.sessions)
+
+    def one_pass(self, optimizer: torch.optim.Optimizer) -> None:
+        """One step per session: the mean cross-entropy of all its tokens at the tick read."""
+        for hidden, key, target in self.sessions:
+            aided = hidden + key @ self.weight.T / math.sqrt(key.shape[-1])
+            torch.nn.functional.cross_entropy(self.mind.model.head(aided), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def flops(self, passes: int) -> int:
+        b, c = self.mind.model.backbone.config, self.mind.ctm.config
+        f = flops_per_token(b, c, T)
+        return 3 * passes * self.tokens * (f["trunk"] + f["block"] + f["head"])                # backwards costs twice forwards
+
+
+def tuned(mind: Mind, world: data.FactWorld, facts: list[data.Fact], sessions: list[str], lr: float, most: int = 1) -> tuple[float, Tensor, int, int]:
+    """Passes until 95 % are recalled, at most `most`; -> recall, the weight, passes, FLOPs."""
+    tuning = FineTuning(mind, sessions)
+    optimizer = torch.optim.AdamW([tuning.weight], lr=lr, weight_decay=0.0)
+    recall = 0.0
+    for done in range(1, most + 1):
+        tuning.one_pass(optimizer)
+        if done == most or done % 5 == 0:
+            recall = mind.recall(world, facts, tuning.weight.detach())
+            if recall >= 0.95:
+                break
+    return recall, tuning.weight.detach(), done, tuning.flops(done)
+
+
+def fine_tune_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact], texts: dict[int, list[str]], nats) -> dict:
+    """One pass at the best of several learning rates, chosen for its recall on these very facts; and passes to 95 %."""
+    found = {}
+    for n in (1, 10, 100):
+        chosen = facts[:n]
+        sessions = texts[min(n, 10)][:max(1, n // 10)]
+        best = max((tuned(mind, world, chosen, sessions, lr) for lr in (0.01, 0.03, 0.1, 0.3)), key=lambda run: run[0])
+        long = tuned(mind, world, chosen, sessions, 0.03, most=100)
+        for name, (recall, weight, passes, flops) in (("fine_tune", best), ("fine_tune_to_95", long)):
+            found |= {f"{name}_{n}": recall, f"{name}_{n}_text_nats": nats(weight), f"{name}_{n}_passes": float(passes), f"{name}_{n}_flops": float(flops)}
+    return found
+
+
+def write_flops(mind: Mind, factors: list[Factors]) -> int:
+    """Of compact_memory: 2 S^2 for P k, 2 S^2 for P, 4 S D for W, per factor; and S^3 per session for P's inverse."""
+    D, S = mind.ctm.c_proj.weight.shape
+    return sum(len(f.keys) * (4 * S * S + 4 * S * D) + 2 * S ** 3 for f in factors)
+
+
+# -- ordinary text, the carry, the warm start, the price
+
+def nats_with(mind: Mind, tokens: Tensor, plastic: Plastic | Tensor | None) -> float:
+    weight = plastic.weight.float() if isinstance(plastic, Plastic) else plastic
+    with torch.no_grad():
+        return float(torch.cat([mind.model(part, plastic=weight).nats[:, :-1] for part in tokens.split(8)]).mean())
+
+
+@torch.no_grad()
+def carry_figures(mind: Mind, tokens: Tensor) -> dict:
+    """Nats of the second half of each window, its context cut: with the sync carried over, without, and with another row's."""
+    first, second = tokens.split(tokens.shape[1] // 2, 1)
+    m = read_session(mind.model, first)[0].m
+    def nats(start: Tensor | None) -> float:
+        session, cache, found, at = SessionMemory(mind.model, len(second)), Cache(), [], 0
+        session.start(start)
+        while at < second.shape[1]:
+            part = second[:, at:at + session.room()]
+            thought = mind.model(part, cache, m=session.m)
+            session.observe(thought, successors(second)[:, at:at + part.shape[1]])
+            found.append(mind.model.score(thought.at_read_tick(thought.hidden), successors(second)[:, at:at + part.shape[1]].clamp(min=0))[1])
+            cache, at = thought.cache, at + part.shape[1]
+        return float(torch.cat(found, 1)[:, :-1].mean())
+    return {"carry_with": nats(m), "carry_without": nats(None), "carry_shuffled": nats(m.roll(1, 0)),
+            "warm_nearest": nats(m[nearest_rows(mind, first, second)]), "warm_cold": nats(None),
+            "warm_wrong": nats(m[nearest_rows(mind, first, second, worst=True)])}
+
+
+def nearest_rows(mind: Mind, first: Tensor, second: Tensor, worst: bool = False) -> Tensor:
+    """For each row, whose first half is most like the beginning of its second half, as the store would find it."""
+    told, asked = (torch.stack([about(mind.model, row) for row in rows]) for rows in (first, second[:, :32]))
+    near = torch.nn.functional.cosine_similarity(asked[:, None], told[None], dim=-1)
+    return (-near if worst else near).argmax(1)
+
+
+def write_cost(mind: Mind, texts: list[str]) -> float:
+    """CPU seconds of reading and writing sessions over those of reading them."""
+    ids = [torch.tensor([mind.words.encode(t)]) for t in texts]
+    def read(threshold: float | None) -> None:
+        for tokens in ids:
+            session = SessionMemory(mind.model, 1, threshold=1.1 if threshold is None else threshold)
+            session.read(tokens, Cache())
+            if threshold is not None:
+                compact_memory(mind.ctm, Plastic.blank(mind.ctm), session.close()[0])
+    with torch.no_grad():
+        return cpu_seconds(lambda: read(0.5)) / cpu_seconds(lambda: read(None))
+
+
+def memory_sample(mind: Mind, held_out: HeldOut, seed: int) -> dict:
+    def progress(what: str) -> None:
+        print(f"seed {seed}: {what}", file=sys.stderr)
+    world = data.FactWorld(seed, "held_out")
+    facts = world.population(100)
+    texts = {n: [session_text(world, part) for part in batches(facts, n)] for n in (1, 10)}
+    tokens = held_out.windows(seed)
+    nats = lambda plastic: nats_with(mind, tokens, plastic)
+    left, singles = mind.told(texts[10]), mind.told(texts[1])
+    progress("told, written, asked in a new process")
+    found, recalled = restart_figures(mind, world, facts, left, singles)
+    factors, alone = [f for f, _, _ in left], [f for f, _, _ in singles]
+    whole = mind.write(factors)
+    found |= {"factors_per_fact": mean(len(f.keys) for f in factors) / 10, "text_nats_before": nats(None), "text_nats_after": nats(whole),
+              "output_change": output_change(mind.ctm, whole.weight), "weight_norm_ratio": norm_ratio(mind.ctm, whole.weight),
+              "write_flops": float(write_flops(mind, factors))}
+    progress("neighbours, order, capacity")
+    found |= neighbour_figures(mind, world, sorted(data.RELATIONS)[seed % len(data.RELATIONS)])
+    found |= order_figures(mind, world, facts, factors)
+    found |= capacity_figures(mind, world)
+    progress("the other arms")
+    found |= arm_figures(mind, world, facts, factors, alone, texts, nats)
+    found |= fine_tune_figures(mind, world, facts, texts, nats)
+    progress("carry, warm start, price")
+    return found | carry_figures(mind, tokens) | {"write_cost_ratio": write_cost(mind, texts[10])}
+
+
+def memory() -> dict:
+    mind = Mind()
+    held_out = HeldOut(mind.words)
+    samples = [memory_sample(mind, held_out, seed) for seed in range(seeds)]
+    found = {k: spread([s[k] for s in samples]) for k in samples[0]}
+    v = {k: x["mean"] for k, x in found.items()}
+    if control_unwritten and Path(control_unwritten).exists():
+        unwritten, asked = Mind(control_unwritten), []
+        for seed in range(seeds):
+            world = data.FactWorld(seed, "held_out")
+            facts = world.population(100)
+            asked.append(unwritten.recall(world, facts, unwritten.write(unwritten.factors([session_text(world, p) for p in batches(facts, 10)]))))
+        found["unwritten_100"] = spread(asked)
+        v["unwritten_100"] = found["unwritten_100"]["mean"]
+    print(f"{'figure':28s} {'mean':>12s} {'sd':>8s}   95 % (shares of {100 * seeds})")
+    for name, x in found.items():
+        inside = " .. ".join(f"{b:.3f}" for b in wilson(x["mean"], 100 * seeds)) if 0 <= x["mean"] <= 1 and "nats" not in name else ""
+        print(f"{name:28s} {x['mean']:12.4f} {x['sd']:8.4f}   {inside}")
+    cells = ("direct", "paraphrase", "neighbour_drop", "near_miss")
+    recall = {n: {("near_miss_false" if c == "near_miss" else c): v[f"{n}_{c}"] for c in cells} for n in ("1", "10", "100")}
+    arms = {name: {k[len(name) + 1:]: x for k, x in v.items() if k.startswith(name + "_") and (name != "fine_tune" or "_to_95" not in k)}
+            for name in ("off", "in_context", "random", "deranged", "fine_tune", "fine_tune_to_95", "unwritten")}
+    arms["in_context"]["100"] = None                                # does not fit into the tiny model's context
+    return {"recall": recall, "capacity": {k[9:]: x for k, x in v.items() if k.startswith("capacity_")}, "changed_fact": v["changed"],
+            "old_fact": v["old"], "negation_false": v["negation"], "own_guess_recalled": v["own_guess"],
+            "retention_first_of_10_sessions": v["retention"], "arms": arms, "text_nats_before": v["text_nats_before"],
+            "text_nats_after": v["text_nats_after"], "output_change": v["output_change"], "weight_norm_ratio": v["weight_norm_ratio"],
+            "carry": {k: v[f"carry_{k[5:]}"] for k in ("nats_with", "nats_without", "nats_shuffled")},
+            "warm_start": {k: v[f"warm_{k[5:]}"] for k in ("nats_nearest", "nats_cold", "nats_wrong")},
+            "write_cost_ratio": v["write_cost_ratio"], "write_flops": v["write_flops"], "factors_per_fact": v["factors_per_fact"],
+            "S": mind.ctm.config.sync, "questions": 100 * seeds, "text_sha256": held_out.sha256, "sd": {k: x["sd"] for k, x in found.items()}}
+
+
+# -----------------------------------------------------------------------------
 # the card that goes with shipped weights
 
 def card() -> dict:
@@ -304,7 +669,7 @@ def card() -> dict:
     return about
 
 
-COMMANDS = {"quality": quality, "card": card}
+COMMANDS = {"quality": quality, "memory": memory, "answer": answer, "card": card}
 
 
 def main() -> None:

@@ -280,6 +280,24 @@ class FactWorld:
         slots = [(p, r) for p in people for r in relations]
         return [Fact(p, r, self._value(r)) for p, r in self.rng.sample(slots, n)]
 
+    def population(self, n: int, relations: list[str] | None = None) -> list[Fact]:
+        """`n` facts over all people and the given relations (all by default), no person's relation twice."""
+        slots = [(name, r) for name in self.names for r in relations or sorted(RELATIONS)]
+        if n > len(slots):
+            raise ValueError(f"expected at most {len(slots)} facts about these people, found {n}: ask for fewer")
+        return [Fact(name, r, self._value(r)) for name, r in self.rng.sample(slots, n)]
+
+    def another_value(self, fact: Fact) -> Fact:
+        """The same person's relation, otherwise."""
+        return fact._replace(value=self.rng.choice([v for v in self.values[fact.relation] if v != fact.value]))
+
+    def near_miss(self, fact: Fact, told: set[str]) -> Fact:
+        """The same question about somebody of nearly the same name, whom nobody told of."""
+        onset = next(o for o in sorted(ONSETS, key=len, reverse=True) if fact.name.startswith(o))
+        strangers = [n for n in self.names if n not in told]
+        near = [n for n in strangers if n.startswith(onset) or n.endswith(fact.name[len(onset):])]
+        return Fact(self.rng.choice(near or strangers), fact.relation, self._value(fact.relation))
+
     def _value(self, relation: str) -> str:
         """One of the relation's values; in training, more often than not any word, an invented one, another relation's.
 
@@ -355,6 +373,13 @@ def context_questions(world: FactWorld, n_facts: int, n_questions: int) -> tuple
     return prompts, asked
 
 
+def denial(fact: Fact) -> str:
+    """That it is not so: never seen in training."""
+    return DENIALS[fact.relation].format(n=fact.name, v=fact.value)
+
+
+DENIALS = {"home": "{n} does not live in {v}.", "job": "{n} does not work as a {v}.", "pet": "{n} does not keep a {v}.",
+           "food": "{n} does not like to eat {v}.", "instrument": "{n} does not play the {v}.", "hobby": "{n} does not enjoy {v}."}
 TURN_END = "<|im_end|>\n"
 USER, ASSISTANT = "<|im_start|>user\n", TURN_END + "<|im_start|>assistant\n"
 VALUE_WEIGHT = 4.0                      # of a value that was told before, next to 1 for the words around it
@@ -550,19 +575,22 @@ class Mixture:
         index, people = {f: i for i, f in enumerate(facts)}, {f.name for f in facts}
         for row in range(rows):
             own = facts[row * size:(row + 1) * size]
-            ids, _, values = self._marked(world.told(own))
-            told.append(ids)
+            ids, weights, values = self._marked([p._replace(weight=float(p.fact is not None)) for p in world.told(own)])
+            told.append((ids, weights))
             told_at += [(row, values[f]) for f in own]
             questions = rng.sample(own, min(size, 6))
-            strangers = [near_miss(rng, f, people, world) for f in questions[:1] if rng.random() < 1 / 3]
+            strangers = [world.near_miss(f, people) for f in questions[:1] if rng.random() < 1 / 3]
             order = rng.sample(questions + strangers, len(questions + strangers))
             ids, weights, values = self._marked(world.asked(order))
             for f in strangers:                                     # nothing was told: nothing is learned, all stays as it is
                 weights[values[f]] = -1.0
             asked.append((ids, weights))
             asked_at += [(row, values[f], index[f]) for f in questions]
-        return Episodes(padded(told, -1), padded([a for a, _ in asked], -1), padded([w for _, w in asked], 0.0, np.float32),
+        return Episodes(*self._side_by_side(told), *self._side_by_side(asked),
                         np.array(told_at), np.array(asked_at))
+
+    def _side_by_side(self, rows: list[tuple[list[int], list[float]]]) -> tuple[np.ndarray, np.ndarray]:
+        return padded([ids for ids, _ in rows], -1), padded([weights for _, weights in rows], 0.0, np.float32)
 
     def _marked(self, pieces: list[Piece]) -> tuple[list[int], list[float], dict[Fact, int]]:
         """Token ids, the weight of predicting each one's successor, and where each fact's value is due."""
@@ -579,6 +607,7 @@ class Mixture:
 class Episodes(NamedTuple):
     """Told in one session, asked in another: rows side by side, and who is who across them."""
     told: np.ndarray            # (rows, T_a) int64, padded with -1
+    news: np.ndarray            # (rows, T_a) float32, 1 where the next token belongs to a value
     asked: np.ndarray           # (rows, T_b)
     weight: np.ndarray          # (rows, T_b) of predicting each token's successor; -1: the memory should stay silent here
     told_at: np.ndarray         # (facts, 2) row and position at which a fact's value is due, where it was told
@@ -590,13 +619,6 @@ def padded(rows: list[list], fill: float, dtype: type = np.int64) -> np.ndarray:
     for i, row in enumerate(rows):
         out[i, :len(row)] = row
     return out
-
-
-def near_miss(rng: random.Random, fact: Fact, told: set[str], world: FactWorld) -> Fact:
-    """The same question about somebody of nearly the same name, whom nobody told of."""
-    onset = next(o for o in sorted(ONSETS, key=len, reverse=True) if fact.name.startswith(o))
-    near = [n for n in world.names if n not in told and (n.startswith(onset) or n.endswith(fact.name[len(onset):]))]
-    return Fact(rng.choice(near or [n for n in world.names if n not in told]), fact.relation, world._value(fact.relation))
 
 
 def lexicon(text: str) -> list[str]:

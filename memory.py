@@ -347,10 +347,10 @@ class Store:
     """
 
     def __init__(self, folder: str | Path, model: NanoCTM, read_only: bool = False, rule: WriteRule = WriteRule(),
-                 max_drift: float = 0.5):
+                 max_drift: float = 0.5, text: OrdinaryText | None = None):
         self.folder, self.model, self.read_only, self.rule, self.max_drift = Path(folder), model, read_only, rule, max_drift
         self.base = f"{backbone_hash(model)}-{fingerprint(model.ctm)}"
-        self.text, self._lock = OrdinaryText(model), None
+        self._text, self._lock = text, None
         found = self.folder.is_dir() and any(p.name != "lock" for p in self.folder.iterdir())
         if found and not (self.folder / "manifest.json").is_file():
             raise ValueError(f"expected a memory or a new folder at {self.folder}, found other files: choose another --memory_dir")
@@ -380,6 +380,12 @@ class Store:
         if self._lock is not None:
             self._lock.close()                                      # releases the flock
             self._lock = None
+
+    @property
+    def text(self) -> OrdinaryText:
+        """Thought about when the first write is to be judged: a reader never pays for it."""
+        self._text = self._text or OrdinaryText(self.model)
+        return self._text
 
     # -- what it knows
 

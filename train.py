@@ -91,12 +91,12 @@ episode_facts = 32          # told a step and process, in sessions that share on
 through_write = True        # learn through the write; False is the control
 write_strength = 20.0       # eta at the start: |g E|^2 eta / |h| should be several nats
 write_rule = "solved"       # how factors become the memory in training: "sum", or "solved" by ridge regression
-write_ridge = 0.1           # of the solved rule
-write_n0 = 0.0              # of the solved rule: ordinary text weighs as much as so many keys
+write_ridge = 0.01          # of the solved rule
+write_n0 = 1.0              # of the solved rule: ordinary text weighs as much as so many keys
 contrast_weight = 0.5       # key where a fact was told against key where it is asked
 contrast_scale = 20.0       # of the cosines
 locality_weight = 1.0       # KL on text and on people never told of, with and without the memory
-salience_cost = 0.02        # of the mean salience: what nothing needs is not written
+salience_weight = 0.5       # cross-entropy of salience with being a value, which somebody may ask for
 baseline_rate = 0.01        # of the running mean of y_out
 # machine
 device = ""                 # "" picks cuda when there is one
@@ -283,7 +283,7 @@ def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, step: int) ->
 
 def episode_loss(model: NanoCTM, e: data.Episodes, text: tuple | None, carrying: bool) -> tuple[torch.Tensor, dict]:
     """Tell session A, write, ask session B in a fresh context: tick loss on its answers, contrast of keys, locality."""
-    lived, following, told_keys = told_session(model, e, carrying)
+    lived, following, news, told_keys = told_session(model, e, carrying)
     known, root = (following >= 0) & lived.real, math.sqrt(lived.key.shape[-1])
     hidden, key, came = lived.hidden[known], lived.key[known], following[known]
     salient, (_, surprise) = salience(model.ctm, key), model.score(hidden, came)
@@ -294,7 +294,7 @@ def episode_loss(model: NanoCTM, e: data.Episodes, text: tuple | None, carrying:
     where = foremost(2 * asking, int(asking.sum(1).max()))
     ticks, after = model.ticks(*model.trunk(e.asked), where=where), successors(e.asked).gather(1, where)
     thought, weight = model.measure(ticks, after, plastic), e.weight.gather(1, where)
-    answers, report = model.tick_loss(thought, after, weight, other_tick)
+    answers, _ = model.tick_loss(thought, after, weight, other_tick)
 
     silent, alone = weight < 0, thought.alone
     quiet = [(at_tick(alone.hidden, alone.read_tick)[silent], alone.key[silent])] + ([text] if text else [])
@@ -302,17 +302,19 @@ def episode_loss(model: NanoCTM, e: data.Episodes, text: tuple | None, carrying:
     row, at, fact = e.asked_at.T
     agreement = alone.key[row, place(where, e.asked)[row, at]] @ told_keys.T / root**2         # (questions, facts) cosines
     contrast = F.cross_entropy(contrast_scale * agreement, fact)
-    loss = answers + contrast_weight * contrast + locality_weight * local + salience_cost * salient.mean()
-    return loss, {"b_nats": report["nats"], "contrast": contrast.item(), "local": local.item(),
+    worth = F.binary_cross_entropy(salient, news[known])            # values are asked for later, nothing else is
+    loss = answers + contrast_weight * contrast + locality_weight * local + salience_weight * worth
+    due = thought.nats[row, place(where, e.asked)[row, at]].mean().item()
+    return loss, {"value_nats": due, "contrast": contrast.item(), "local": local.item(),
                   "agree": agreement.gather(1, fact[:, None]).mean().item(), "hit": (agreement.argmax(1) == fact).float().mean().item(),
                   "salient": salient.mean().item(), "salient_facts": salience(model.ctm, told_keys).mean().item()}
 
 
-EPISODE_FIGURES = ("b_nats", "contrast", "local", "agree", "hit", "salient", "salient_facts")
+EPISODE_FIGURES = ("value_nats", "contrast", "local", "agree", "hit", "salient", "salient_facts")
 
 
-def told_session(model: NanoCTM, e: data.Episodes, carrying: bool) -> tuple[Lived, torch.Tensor, torch.Tensor]:
-    """Read session A -> what was lived (B, n), the successors, and the key (facts, S) at which each fact's value was due.
+def told_session(model: NanoCTM, e: data.Episodes, carrying: bool) -> tuple[Lived, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Read session A -> what was lived (B, n), successors, which are news (B, n), and the key (facts, S) where each value was due.
 
     Carrying, all tokens think, chunk by chunk; else those where a value is due, and others by chance.
     """
@@ -320,14 +322,11 @@ def told_session(model: NanoCTM, e: data.Episodes, carrying: bool) -> tuple[Live
     if carrying:
         thoughts = read_in_chunks(model, e.told, SessionMemory(model, len(e.told), chunk))
         lived = Lived(*(torch.cat(column, 1) for column in zip(*map(Lived.of, thoughts))))
-        return lived, successors(e.told), lived.key[row, at]
-    due = torch.zeros(e.told.shape, device=e.told.device)
-    for later in range(3):                                          # a value is one to three tokens, as a rule
-        due[row, (at + later).clamp(max=due.shape[1] - 1)] = 2 - later / 4
-    where = foremost(due * (e.told >= 0) + (e.told >= 0), max(1, int(0.5 * due.shape[1])))
+        return lived, successors(e.told), e.news, lived.key[row, at]
+    where = foremost(2 * e.news + (e.told >= 0), max(1, int(0.5 * e.told.shape[1])))
     following = successors(e.told).gather(1, where)
     lived = Lived.of(model.measure(model.ticks(*model.trunk(e.told), where=where), following))
-    return lived, following, lived.key[row, place(where, e.told)[row, at]]
+    return lived, following, e.news.gather(1, where), lived.key[row, place(where, e.told)[row, at]]
 
 
 def place(where: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
