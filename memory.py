@@ -49,7 +49,7 @@ def dopamine(surprise: Tensor, mean_surprise: Tensor) -> Tensor:
 
 def salience(ctm: CTMBlock, key: Tensor) -> Tensor:
     """kappa (..., S) -> (...) in [0, 1]: is this something to keep? Surprise alone cannot tell a fact from noise."""
-    return torch.sigmoid(key @ ctm.salience_weight / math.sqrt(ctm.config.sync) + ctm.salience_bias)
+    return torch.sigmoid(key @ ctm.salience_weight + ctm.salience_bias)
 
 
 def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, weight: Tensor) -> Tensor:

@@ -88,6 +88,8 @@ carry_rows = 2              # rows of the mixture on the steps that read it chun
 carry_share = 0.34          # these steps; on the others nothing is carried
 cut_share = 0.5             # of the carrying steps: the context is dropped half-way, the sync goes on
 episode_facts = 32          # told a step and process, in sessions that share one memory, and asked in others
+crowd_facts = 64            # told besides, without gradients: the memory has to work when it is full
+episode_weight = 0.5        # of all that episodes teach, beside the mixture
 through_write = True        # learn through the write; False is the control
 write_strength = 20.0       # eta at the start: |g E|^2 eta / |h| should be several nats
 write_rule = "solved"       # how factors become the memory in training: "sum", or "solved" by ridge regression
@@ -95,7 +97,7 @@ write_ridge = 0.01          # of the solved rule
 write_n0 = 1.0              # of the solved rule: ordinary text weighs as much as so many keys
 contrast_weight = 0.5       # key where a fact was told against key where it is asked
 contrast_scale = 20.0       # of the cosines
-locality_weight = 1.0       # KL on text and on people never told of, with and without the memory
+locality_weight = 2.0       # KL on text and on people never told of, with and without the memory
 salience_weight = 0.5       # cross-entropy of salience with being a value, which somebody may ask for
 baseline_rate = 0.01        # of the running mean of y_out
 # machine
@@ -184,8 +186,8 @@ def learning_rate(step: int) -> float:
 Batch = tuple[torch.Tensor, ...]
 
 
-def mixture_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor, dict]:
-    """Loss of one micro-batch, and a report: nats of the tick read, its mean index, the block's mean y_out."""
+def mixture_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor, dict, Thought | None]:
+    """Loss of one micro-batch, a report (nats of the tick read, its mean index, the block's mean y_out), and the thought."""
     tokens, weight, before = batch
     trunk = model.trunk(tokens)
     imitating = model.ctm is not None and step < imitation_steps
@@ -196,13 +198,14 @@ def mixture_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor,
     if where is not None:
         u = take(u, where)
         weight, following = weight.gather(1, where), following.gather(1, where)
+    thought = None if imitating else model.measure(ticks, following)
     if imitating:
         loss, report = imitation_loss(model, ticks, u), {}
     else:
-        loss, report = model.tick_loss(model.measure(ticks, following), following, weight, other_tick)
+        loss, report = model.tick_loss(thought, following, weight, other_tick)
     if model.ctm:
         report["y_out"] = ticks.y_out[ticks.real].detach().mean(0)
-    return loss, report
+    return loss, report, thought
 
 
 def thinking_tokens(weight: torch.Tensor) -> torch.Tensor:
@@ -265,40 +268,49 @@ def carried_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor,
     return torch.stack(losses).mean(), {k: sum(r[k] for r in reports) / len(reports) for k in reports[0]}, thoughts
 
 
-def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, step: int) -> tuple[torch.Tensor, dict]:
+def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, crowd: data.Episodes, step: int) -> tuple[torch.Tensor, dict]:
     """The mixture, with or without a carry, and episodes: what session A writes, session B is asked, beside ordinary text."""
     carrying = share_of_steps(carry_share, step)
     if carrying:
         loss, report, thoughts = carried_loss(model, batch, step)
-        hidden, keys = (torch.cat([getattr(Lived.of(t), name) for t in thoughts], 1) for name in ("hidden", "key"))
-        report["key"] = keys.detach().flatten(0, 1)                 # whole rows: what ordinary reading looks like
-        report["text"] = hidden.flatten(0, 1), keys.flatten(0, 1)
     else:
-        loss, report = mixture_loss(model, batch, step)
+        loss, report, thought = mixture_loss(model, batch, step)
+        thoughts = [thought]
+    lived = all_lived(thoughts)
+    if carrying:
+        report["key"] = lived.key[lived.real].detach()              # whole rows: what ordinary reading looks like
     if through_write:
-        extra, more = episode_loss(model, told, report.pop("text", None), carrying)
-        loss, report = loss + extra, report | more
+        extra, more = episode_loss(model, told, crowd, (lived.hidden[lived.real], lived.key[lived.real]), carrying)
+        loss, report = loss + episode_weight * extra, report | more
     return loss, report
 
 
-def episode_loss(model: NanoCTM, e: data.Episodes, text: tuple | None, carrying: bool) -> tuple[torch.Tensor, dict]:
-    """Tell session A, write, ask session B in a fresh context: tick loss on its answers, contrast of keys, locality."""
-    lived, following, news, told_keys = told_session(model, e, carrying)
+def all_lived(thoughts: list[Thought]) -> Lived:
+    return Lived(*(torch.cat(column, 1) for column in zip(*map(Lived.of, thoughts))))
+
+
+def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: tuple, carrying: bool) -> tuple[torch.Tensor, dict]:
+    """Tell session A, write, ask session B in a fresh context: tick loss on its answers, contrast of keys, locality.
+
+    On carrying steps B is warm-started with A's sync, as a living session may be.
+    """
+    lived, following, news, told_keys, m = told_session(model, e, carrying)
     known, root = (following >= 0) & lived.real, math.sqrt(lived.key.shape[-1])
     hidden, key, came = lived.hidden[known], lived.key[known], following[known]
     salient, (_, surprise) = salience(model.ctm, key), model.score(hidden, came)
     values = engrams(model, hidden, came, dopamine(surprise, model.ctm.mean_surprise) * salient)
-    plastic = written(key / root, values, salient, model.ctm.key_moment)
+    others = crowd_factors(model, crowd) if crowd_facts else [x[:0] for x in (key, values, salient)]
+    plastic = written(*map(torch.cat, zip((key / root, values, salient), others)), model.ctm.key_moment)
 
     asking = (e.weight != 0).float()
     where = foremost(2 * asking, int(asking.sum(1).max()))
-    ticks, after = model.ticks(*model.trunk(e.asked), where=where), successors(e.asked).gather(1, where)
+    ticks, after = model.ticks(*model.trunk(e.asked), m=m, where=where), successors(e.asked).gather(1, where)
     thought, weight = model.measure(ticks, after, plastic), e.weight.gather(1, where)
     answers, _ = model.tick_loss(thought, after, weight, other_tick)
 
     silent, alone = weight < 0, thought.alone
-    quiet = [(at_tick(alone.hidden, alone.read_tick)[silent], alone.key[silent])] + ([text] if text else [])
-    local = locality_loss(model, *map(torch.cat, zip(*quiet)), plastic)
+    strangers = at_tick(alone.hidden, alone.read_tick)[silent], alone.key[silent]
+    local = locality_loss(model, *text, plastic) + (locality_loss(model, *strangers, plastic) if silent.any() else 0.0)
     row, at, fact = e.asked_at.T
     agreement = alone.key[row, place(where, e.asked)[row, at]] @ told_keys.T / root**2         # (questions, facts) cosines
     contrast = F.cross_entropy(contrast_scale * agreement, fact)
@@ -313,20 +325,33 @@ def episode_loss(model: NanoCTM, e: data.Episodes, text: tuple | None, carrying:
 EPISODE_FIGURES = ("value_nats", "contrast", "local", "agree", "hit", "salient", "salient_facts")
 
 
-def told_session(model: NanoCTM, e: data.Episodes, carrying: bool) -> tuple[Lived, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read session A -> what was lived (B, n), successors, which are news (B, n), and the key (facts, S) where each value was due.
+def told_session(model: NanoCTM, e: data.Episodes, carrying: bool) -> tuple[Lived, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Read session A -> what was lived (B, n), successors, which are news (B, n), the key (facts, S) where each value was due, m.
 
     Carrying, all tokens think, chunk by chunk; else those where a value is due, and others by chance.
     """
     row, at = e.told_at.T
     if carrying:
-        thoughts = read_in_chunks(model, e.told, SessionMemory(model, len(e.told), chunk))
-        lived = Lived(*(torch.cat(column, 1) for column in zip(*map(Lived.of, thoughts))))
-        return lived, successors(e.told), e.news, lived.key[row, at]
+        session = SessionMemory(model, len(e.told), chunk)
+        lived = all_lived(read_in_chunks(model, e.told, session))
+        session.close()
+        return lived, successors(e.told), e.news, lived.key[row, at], session.m
     where = foremost(2 * e.news + (e.told >= 0), max(1, int(0.5 * e.told.shape[1])))
     following = successors(e.told).gather(1, where)
     lived = Lived.of(model.measure(model.ticks(*model.trunk(e.told), where=where), following))
-    return lived, following, e.news.gather(1, where), lived.key[row, place(where, e.told)[row, at]]
+    return lived, following, e.news.gather(1, where), lived.key[row, place(where, e.told)[row, at]], None
+
+
+@torch.no_grad()
+def crowd_factors(model: NanoCTM, e: data.Episodes) -> list[torch.Tensor]:
+    """Keys (n, S), values (n, D) and salience (n,) of news alone, no gradients: others whom the memory knows."""
+    where = foremost(2 * e.news, int(e.news.sum(1).max()))
+    following, news = successors(e.told).gather(1, where), e.news.gather(1, where) > 0
+    thought = model.measure(model.ticks(*model.trunk(e.told), where=where), following)
+    lived, surprise = Lived.of(thought), thought.nats[news]
+    salient = salience(model.ctm, lived.key[news])
+    values = engrams(model, lived.hidden[news], following[news], dopamine(surprise, model.ctm.mean_surprise) * salient)
+    return [lived.key[news] / math.sqrt(lived.key.shape[-1]), values, salient]
 
 
 def place(where: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -347,10 +372,8 @@ def written(keys: torch.Tensor, values: torch.Tensor, salient: torch.Tensor, sig
     return torch.linalg.solve(taken, keys.T @ values).T
 
 
-def locality_loss(model: NanoCTM, hidden: torch.Tensor, key: torch.Tensor, plastic: torch.Tensor, most: int = 64) -> torch.Tensor:
+def locality_loss(model: NanoCTM, hidden: torch.Tensor, key: torch.Tensor, plastic: torch.Tensor, most: int = 128) -> torch.Tensor:
     """KL from what is predicted without the memory to what is predicted with it, where it has nothing to say (n, D), (n, S)."""
-    if not len(hidden):
-        return hidden.sum()
     chosen = torch.randperm(len(hidden))[:most].to(hidden.device)
     hidden, key = hidden[chosen].detach(), key[chosen]
     aided = hidden + (key @ plastic.T / math.sqrt(key.shape[-1])).to(hidden.dtype)
@@ -527,6 +550,8 @@ def check_settings() -> None:
         raise ValueError(f"expected block 'ctm' in phase 3, found {block!r}: only the CTM block has keys to write to")
     if other_tick not in ("any", "best"):
         raise ValueError(f"expected other_tick 'any' or 'best', found {other_tick!r}: choose one of the two")
+    if write_rule not in ("sum", "solved"):
+        raise ValueError(f"expected write_rule 'sum' or 'solved', found {write_rule!r}: choose one of the two")
     if device not in ("", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"expected device cpu, or cuda where there is one, found {device!r}: leave it empty to choose by itself")
     for name in ("B", "T", "accumulation", "ticks", "history", "log_interval", "eval_interval", "eval_rows", "eval_questions"):
@@ -586,10 +611,11 @@ def main() -> None:
             batch = tuple(torch.from_numpy(x).to(where) for x in batch)
             with autocast:
                 if phase == 3:
-                    told = data.Episodes(*(torch.from_numpy(x).to(where) for x in mixture.episodes(episode_facts, step, micro, rank)))
-                    loss, report = phase3_loss(model, batch, told, step)
+                    told, crowd = (data.Episodes(*(torch.from_numpy(x).to(where) for x in mixture.episodes(n, step, micro, rank, n)))
+                                   for n in (episode_facts, max(1, crowd_facts)))
+                    loss, report = phase3_loss(model, batch, told, crowd, step)
                 else:
-                    loss, report = mixture_loss(model, batch, step)
+                    loss, report, _ = mixture_loss(model, batch, step)
             (loss / accumulation).backward()
             total += loss.item() / accumulation
         average_gradients(learning, world)

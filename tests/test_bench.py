@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bench
-from test_model import randomised, some_tokens
+from conftest import randomised, some_tokens
 
 ROOT = Path(__file__).parent.parent
 

@@ -113,6 +113,27 @@ def test_a_session_is_encoded_as_its_whole_text_is(words):
         assert mix.encode_session(pieces)[0][:-1] == words.encode("".join(text for text, *_ in pieces))
 
 
+@pytest.mark.parametrize("step", range(12))
+def test_episodes_ask_what_was_told_and_know_where(words, step):
+    text = np.array(words.encode("some words of a text " * 200), np.uint16)
+    mix = data.Mixture(words, text, 128, 0.5, 0.1, seed=3)
+    e = mix.episodes(12, step)
+    for row, at in e.told_at:                                       # the value begins right after the place that is marked
+        after = words.decode(e.told[row, at + 1:at + 3].tolist())
+        assert after.startswith(" ") and e.told[row, at] >= 0 and e.news[row, at] == 1
+    for row, at, fact in e.asked_at:
+        told_row, told_at = e.told_at[fact]
+        n = int(e.news[told_row, told_at:].cumprod().sum())         # the value's length in tokens
+        assert e.asked[row, at + 1:at + 1 + n].tolist() == e.told[told_row, told_at + 1:told_at + 1 + n].tolist()
+        assert told_row == row and e.weight[row, at] == data.VALUE_WEIGHT
+    everything = " ".join(words.decode([t for t in row if t >= 0]) for row in e.told.tolist())
+    for row, at in np.argwhere(e.weight == -1):                     # strangers: nobody told of them
+        asked = words.decode(e.asked[row, :at + 1].tolist()).rsplit("assistant\n", 1)[1]
+        assert asked.split()[0] not in everything
+    again = mix.episodes(12, step)
+    assert all(np.array_equal(a, b) for a, b in zip(e, again))
+
+
 # -----------------------------------------------------------------------------
 # files
 

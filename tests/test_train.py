@@ -77,6 +77,34 @@ def test_two_processes_take_the_same_steps_together(world):
     assert len(lines) == 2 and lines[0].split()[-1] == lines[1].split()[-1]                    # the same weights in both
 
 
+def phase3(world: Path, out: str, *extra: str) -> subprocess.CompletedProcess:
+    return train("--phase=3", f"--base={world}/whole/last", f"--graft={world}/g1/last/graft.safetensors", f"--text={world}/tokens",
+                 f"--out_dir={world}/{out}", "--max_steps=8", "--thinking_share=0.5", "--carry_share=0.5", "--episode_facts=6", *extra)
+
+
+@pytest.mark.parametrize("rule", ["solved", "sum"])
+def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(world, rule):
+    for out, extra in (("m1", []), ("m2", ["--stop_at=4"]), ("m2", ["--resume"])):
+        run = phase3(world, out, f"--write_rule={rule}", *extra)
+        assert run.returncode == 0, run.stderr
+    for name in ("graft.safetensors", "optimizer.safetensors"):
+        assert same_files(world / "m1/last" / name, world / "m2/last" / name)
+    before, after = (load_file(world / f"{run}/last/graft.safetensors") for run in ("g1", "m1"))
+    for name in ("salience_weight", "engram", "log_half_life", "sync_out.rho_raw", "key_moment", "synapse.down.0.weight"):
+        assert not torch.equal(before[name], after[name]), name
+    assert after["ordinary"].any() and torch.linalg.eigvalsh(after["key_moment"]).min() > -1e-6
+    log = [json.loads(line) for line in (world / "m1/log.jsonl").read_text().splitlines()]
+    assert {"value_nats", "agree", "salient_facts", "weights_10", "weights_50"} <= log[-1].keys()
+
+
+def test_the_control_of_phase_3_never_trains_through_the_write(world):
+    run = phase3(world, "unwritten", "--through_write=False")
+    assert run.returncode == 0, run.stderr
+    before, after = (load_file(world / f"{run}/last/graft.safetensors") for run in ("g1", "unwritten"))
+    assert torch.equal(before["engram"], after["engram"]) and torch.equal(before["salience_weight"], after["salience_weight"])
+    assert not torch.equal(before["synapse.down.0.weight"], after["synapse.down.0.weight"])
+
+
 def test_the_control_trains_the_layers_own_ffn(world):
     run = phase2(world, "ffn", "--block=ffn")
     assert run.returncode == 0, run.stderr
@@ -90,7 +118,8 @@ def test_the_control_trains_the_layers_own_ffn(world):
     (["--resume"], "--resume expected a checkpoint in"),
     (["--lr=1e30", "--clip=1e30", "--imitation_steps=0"], "no checkpoint yet"),
     (["--block_head_dim=13"], "must divide the width"), (["--block=mlp"], "expected block 'ctm', 'ffn' or 'none'"),
-    (["--T=4000"], "give more text or a smaller T"), (["--phase=3"], "expected phase 1 or 2"), (["--B=0"], "expected B of at least 1"),
+    (["--T=4000"], "give more text or a smaller T"), (["--phase=4"], "expected phase 1, 2 or 3"), (["--phase=3"], "--graft=out/tiny_phase2"),
+    (["--write_rule=product"], "expected write_rule 'sum' or 'solved'"), (["--B=0"], "expected B of at least 1"),
     (["--device=gpu"], "expected device cpu")])
 def test_bad_input_ends_with_one_line(world, extra, said):
     run = phase2(world, "bad", *extra)
