@@ -1,6 +1,6 @@
-# make demo    the shipped tiny model continues real text and answers about facts in its prompt
+# make demo    three facts are told, the process ends, another one is asked; and facts in the prompt, thought about aloud
 # make test    the test suite, in a virtual environment of its own
-# make tiny    train the tiny model from nothing: tokenizer, phase 1, phase 2 and the control
+# make tiny    train the tiny model from nothing: tokenizer, phases 1 to 3 and the controls
 # make bench   every number that the README claims
 
 PYTHON ?= python3
@@ -21,12 +21,23 @@ export MALLOC_TOP_PAD_ = 268435456
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+DEMO := out/demo_memory
+ASK = for question in "What work does Fenlix have?" "What animal does Marvas keep?" "What city does Keltin live in?"; do \
+      $(RUN) sample.py --chat --start="$$question" $(1) | grep -v "^(kept"; done
+
 demo: .venv/installed
+	@rm -rf $(DEMO)
+	@echo "--- one process is told three facts, writes what surprised it into its weights, and ends"
+	@$(RUN) sample.py --memory on --memory_dir=$(DEMO) --start="Fenlix works as a florist. Marvas keeps a trout. Keltin lives in Quito."
+	@echo "--- new processes are asked in other words; they have the weights and nothing else"
+	@$(call ASK,--memory read-only --memory_dir=$(DEMO))
+	@echo "--- the same with the memory off"
+	@$(call ASK,--memory off)
 	@echo "--- real text, continued"
 	@$(RUN) sample.py --start="Return the name of the " --max_new_tokens=40
-	@echo "--- facts in the prompt, asked in other words; every token with its tick and certainty"
-	@printf '%s\n' "Fenlix works as a florist. Marvas works as a ranger. Fenlix keeps a trout. Keltin works as a grocer." \
-	  "What work does Marvas have?" "What animal does Fenlix keep?" | $(RUN) sample.py --chat --show=ticks
+	@echo "--- facts in the prompt; every token with its tick and certainty"
+	@printf '%s\n' "Fenlix works as a florist. Marvas works as a ranger. Fenlix keeps a trout." "What work does Marvas have?" \
+	  | $(RUN) sample.py --chat --show=ticks
 
 test: .venv/installed
 	$(RUN) -m pytest -q
@@ -35,11 +46,14 @@ tiny: .venv/installed
 	$(RUN) data.py --train_vocab=2048 --tokenizer=out/tokenizer --out=data/tiny
 	$(TRAIN) config/tiny_phase1.py
 	$(TRAIN) config/tiny_phase2.py
-	$(TRAIN) config/tiny_phase2.py --block=ffn --out_dir=out/tiny_ffn
+	$(TRAIN) config/tiny_phase3.py
+	$(TRAIN) config/tiny_phase3.py --through_write=False --out_dir=out/tiny_unwritten
+	$(TRAIN) config/tiny_phase2.py --block=ffn --out_dir=out/tiny_ffn --imitation_steps=0 --max_steps=2200 --lr=2e-3
 	$(RUN) bench.py card
 
 bench: .venv/installed
 	$(RUN) bench.py quality
+	$(RUN) bench.py memory
 
 clean:
 	rm -rf .venv out data

@@ -649,9 +649,9 @@ def card() -> dict:
     """Collect what the tiny configs left in out/ into one folder, with a card: how it came about, and its sha256."""
     folder = Path(base).parent
     (folder / "backbone").mkdir(parents=True, exist_ok=True)
-    runs = {"backbone": "tiny_phase1", "graft": "tiny_phase2", "ffn": "tiny_ffn"}
+    runs = {"backbone": "tiny_phase1", "thinking": "tiny_phase2", "graft": "tiny_phase3", "unwritten": "tiny_unwritten", "ffn": "tiny_ffn"}
     files = {"tiny_phase1/last/model.safetensors": "backbone/model.safetensors", "tiny_phase1/last/config.json": "backbone/config.json",
-             "tiny_phase2/last/graft.safetensors": "graft.safetensors", "tiny_ffn/last/graft.safetensors": "ffn.safetensors"}
+             **{f"{runs[name]}/last/graft.safetensors": f"{name}.safetensors" for name in ("graft", "unwritten", "ffn")}}
     about = {"command": "make tiny", "files": {}}                   # the Makefile spells it out; each run's config is below
     for source, target in files.items():
         if not (Path("out") / source).exists():

@@ -135,7 +135,7 @@ class SessionMemory:
     def read(self, tokens: Tensor, cache: Cache, plastic: Tensor | None = None, halt: float | None = None, own: int = 0) -> Thought:
         """Read tokens (B, T), padding < 0, chunk by chunk, after those in `cache`; -> the thought about the last piece.
 
-        The first `own` tokens were said by the model: what precedes them is carried and never written. The last token is
+        A session may be longer than the context: see _within_context. The first `own` tokens were said by the model: what precedes them is carried and never written. The last token is
         not observed before the next call brings its successor.
         """
         if self.waiting is not None:
@@ -144,7 +144,7 @@ class SessionMemory:
         following, at, T = successors(tokens), 0, tokens.shape[1]
         outside = (torch.arange(T, device=tokens.device) >= own - 1).expand_as(tokens)      # whether the successor is
         while at < T:
-            n = self.room()
+            n, cache = self.room(), self._within_context(cache)
             piece = slice(at, at + n)
             thought = self.model(tokens[:, piece], cache, plastic, halt, self.m)
             lived, cache, at = Lived.of(thought), thought.cache, at + n
@@ -153,6 +153,12 @@ class SessionMemory:
                 lived, piece = lived.columns(0, -1), slice(piece.start, T - 1)
             self._take_in(lived, following[:, piece], outside[:, piece])
         return thought
+
+    def _within_context(self, cache: Cache) -> Cache:
+        """At a chunk's beginning, drop keys and values that leave no room for another chunk; the sync goes on alone."""
+        longest = self.model.backbone.config.max_position_embeddings
+        full = cache.real is not None and not self.filled.any() and cache.real.shape[1] + self.chunk > longest
+        return Cache() if full else cache
 
     def observe(self, thought: Thought, next_tokens: Tensor, eligible: Tensor | None = None) -> None:
         """Take in n positions at once; next_tokens (B, n), -1 where unknown, weighs nothing; eligible (B, n) bool.

@@ -696,7 +696,8 @@ def generate(model: NanoCTM, tokens: Tensor, max_new_tokens: int, temperature: f
              generator: torch.Generator | None = None, cache: Cache | None = None, session=None, own: int = 0) -> Iterator[Spoken]:
     """Continue each row of tokens (B, T), padded on the left with -1, after those in `cache`; yield one Spoken per step.
 
-    session: a SessionMemory (memory.py) that reads along; the first `own` tokens are what the model had said itself.
+    session: a SessionMemory (memory.py) that reads along, however long; the first `own` tokens are what the model had said
+    itself.
     Temperature 0 is greedy. Ends when every row has said `stop`. Raises ValueError when the context is too short.
     """
     if max_new_tokens < 1 or temperature < 0 or top_k < 0:
@@ -704,7 +705,7 @@ def generate(model: NanoCTM, tokens: Tensor, max_new_tokens: int, temperature: f
                          f"and {top_k}: change them")
     room = model.backbone.config.max_position_embeddings - (cache.real.shape[1] if cache else 0)
     longest = int((tokens >= 0).sum(1).max())
-    if not longest or longest + max_new_tokens > room:
+    if not longest or (session is None and longest + max_new_tokens > room):
         raise ValueError(f"expected a prompt of 1 to {room - max_new_tokens} tokens (room for {room} in the context, "
                          f"{max_new_tokens} to generate), found {longest}: shorten the prompt or lower max_new_tokens")
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)

@@ -1,4 +1,5 @@
 """The memory: what a session carries, what it writes, and a store that says exactly what it knows. Invariants 2, 3, 5, 7, 8, 11."""
+import dataclasses
 import json
 import math
 import os
@@ -53,6 +54,21 @@ def test_a_session_read_in_any_pieces_is_the_same_session(model, chunk, cuts):
     for whole, pieced in zip(read([24]), read(cuts)):
         assert whole.shape == pieced.shape and (whole.float() - pieced.float()).abs().max() < 1e-4
     assert len(read([24])[3]) > 4
+
+
+@pytest.mark.parametrize("cuts", [[1] * 70, [33, 37], [8, 62]])
+def test_a_session_outlives_its_context_in_any_pieces(cuts):
+    model = randomised("grouped queries")
+    model.backbone.config = dataclasses.replace(model.backbone.config, max_position_embeddings=24)
+    tokens, runs = some_tokens(model, 1, 70), []
+    for pieces in ([70], cuts):
+        session, cache = SessionMemory(model, 1, 8, threshold=0.2), Cache()
+        for piece in tokens.split(pieces, 1):
+            cache = session.read(piece, cache).cache
+            assert cache.real.shape[1] <= 24
+        runs.append(lived(session))
+    for whole, pieced in zip(*runs):                                # sums of 70 tokens are about 100: relative
+        assert whole.shape == pieced.shape and ((whole.float() - pieced.float()).abs() < 1e-4 * (1 + whole.float().abs())).all()
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 8])
