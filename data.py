@@ -570,7 +570,7 @@ class Mixture:
         world = FactWorld(rng.getrandbits(64), self.split, self.lexicon)
         world.variety = min(1.0, max(0.0, key[0] / self.curriculum - 1)) if self.curriculum else 1.0
         size = rng.choice(EPISODE_SIZES)
-        rows = min(16, max(1, n_facts // size))
+        rows = min(48, max(1, n_facts // size))
         facts, told, asked, told_at, asked_at = world.facts(size * rows), [], [], [], []
         index, people = {f: i for i, f in enumerate(facts)}, {f.name for f in facts}
         for row in range(rows):

@@ -85,19 +85,19 @@ inherited_share = 0.3       # phases 2, 3: steps that start from an earlier sess
 graft = ""                  # the thinking block to start from
 chunk = 32                  # C: tokens between two renewals of the carried sync
 carry_rows = 2              # rows of the mixture on the steps that read it chunk by chunk, gradients through the carry
-carry_share = 0.34          # these steps; on the others nothing is carried
+carry_share = 0.25          # these steps; on the others nothing is carried
 cut_share = 0.5             # of the carrying steps: the context is dropped half-way, the sync goes on
-episode_facts = 32          # told a step and process, in sessions that share one memory, and asked in others
-crowd_facts = 64            # told besides, without gradients: the memory has to work when it is full
-episode_weight = 0.5        # of all that episodes teach, beside the mixture
+episode_facts = 64          # told a step and process, in sessions that share one memory, and asked in others
+carry_facts = 24            # the same on carrying steps, where every token told thinks; the rest is told without gradients
+episode_weight = 1.0        # of all that episodes teach, beside the mixture
 through_write = True        # learn through the write; False is the control
 write_strength = 20.0       # eta at the start: |g E|^2 eta / |h| should be several nats
 write_rule = "solved"       # how factors become the memory in training: "sum", or "solved" by ridge regression
-write_ridge = 0.01          # of the solved rule
-write_n0 = 1.0              # of the solved rule: ordinary text weighs as much as so many keys
-contrast_weight = 0.5       # key where a fact was told against key where it is asked
-contrast_scale = 20.0       # of the cosines
-locality_weight = 2.0       # KL on text and on people never told of, with and without the memory
+write_ridge = 1e-3          # of the solved rule
+write_n0 = 0.05             # of the solved rule: ordinary text weighs as much as so many keys
+contrast_weight = 1.0       # key where a fact was told against key where it is asked
+contrast_scale = 15.0       # of the cosines
+locality_weight = 1.0       # KL on text and on people never told of, with and without the memory
 salience_weight = 0.5       # cross-entropy of salience with being a value, which somebody may ask for
 baseline_rate = 0.01        # of the running mean of y_out
 # machine
@@ -299,11 +299,10 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
     hidden, key, came = lived.hidden[known], lived.key[known], following[known]
     salient, (_, surprise) = salience(model.ctm, key), model.score(hidden, came)
     values = engrams(model, hidden, came, dopamine(surprise, model.ctm.mean_surprise) * salient)
-    others = crowd_factors(model, crowd) if crowd_facts else [x[:0] for x in (key, values, salient)]
+    others = crowd_factors(model, crowd) if carrying else [x[:0] for x in (key, values, salient)]
     plastic = written(*map(torch.cat, zip((key / root, values, salient), others)), model.ctm.key_moment)
 
-    asking = (e.weight != 0).float()
-    where = foremost(2 * asking, int(asking.sum(1).max()))
+    where = due_first((e.weight != 0) if carrying else (e.weight < 0) | (e.weight > 1))
     ticks, after = model.ticks(*model.trunk(e.asked), m=m, where=where), successors(e.asked).gather(1, where)
     thought, weight = model.measure(ticks, after, plastic), e.weight.gather(1, where)
     answers, _ = model.tick_loss(thought, after, weight, other_tick)
@@ -312,7 +311,8 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
     strangers = at_tick(alone.hidden, alone.read_tick)[silent], alone.key[silent]
     local = locality_loss(model, *text, plastic) + (locality_loss(model, *strangers, plastic) if silent.any() else 0.0)
     row, at, fact = e.asked_at.T
-    agreement = alone.key[row, place(where, e.asked)[row, at]] @ told_keys.T / root**2         # (questions, facts) cosines
+    asked_keys, rivals = alone.key[row, place(where, e.asked)[row, at]] / root, torch.cat([told_keys / root, others[0]])
+    agreement = asked_keys @ rivals.T                               # (questions, facts and the crowd's) cosines
     contrast = F.cross_entropy(contrast_scale * agreement, fact)
     worth = F.binary_cross_entropy(salient, news[known])            # values are asked for later, nothing else is
     loss = answers + contrast_weight * contrast + locality_weight * local + salience_weight * worth
@@ -328,7 +328,7 @@ EPISODE_FIGURES = ("value_nats", "contrast", "local", "agree", "hit", "salient",
 def told_session(model: NanoCTM, e: data.Episodes, carrying: bool) -> tuple[Lived, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Read session A -> what was lived (B, n), successors, which are news (B, n), the key (facts, S) where each value was due, m.
 
-    Carrying, all tokens think, chunk by chunk; else those where a value is due, and others by chance.
+    Carrying, all tokens think, chunk by chunk; else those where a value is due, and a few others: a fact costs a tenth then.
     """
     row, at = e.told_at.T
     if carrying:
@@ -336,10 +336,15 @@ def told_session(model: NanoCTM, e: data.Episodes, carrying: bool) -> tuple[Live
         lived = all_lived(read_in_chunks(model, e.told, session))
         session.close()
         return lived, successors(e.told), e.news, lived.key[row, at], session.m
-    where = foremost(2 * e.news + (e.told >= 0), max(1, int(0.5 * e.told.shape[1])))
+    where = due_first(e.news > 0)
     following = successors(e.told).gather(1, where)
     lived = Lived.of(model.measure(model.ticks(*model.trunk(e.told), where=where), following))
     return lived, following, e.news.gather(1, where), lived.key[row, place(where, e.told)[row, at]], None
+
+
+def due_first(due: torch.Tensor, others: int = 2) -> torch.Tensor:
+    """due (B, T) bool -> positions (B, n): all that are due, and a few others by chance."""
+    return foremost(2 * due.float(), min(due.shape[1], int(due.sum(1).max()) + others))
 
 
 @torch.no_grad()
@@ -367,9 +372,10 @@ def written(keys: torch.Tensor, values: torch.Tensor, salient: torch.Tensor, sig
     """
     if write_rule == "sum":
         return values.T @ keys
+    keys, values, salient, sigma = (x.double() for x in (keys, values, salient, sigma))        # small ridge, fp32 is not enough
     weighted = keys * salient[:, None]                              # values carry their salience already
     taken = keys.T @ weighted + write_ridge * torch.eye(keys.shape[1]).to(keys) + write_n0 * sigma
-    return torch.linalg.solve(taken, keys.T @ values).T
+    return torch.linalg.solve(taken, keys.T @ values).T.float()
 
 
 def locality_loss(model: NanoCTM, hidden: torch.Tensor, key: torch.Tensor, plastic: torch.Tensor, most: int = 128) -> torch.Tensor:
@@ -612,7 +618,7 @@ def main() -> None:
             with autocast:
                 if phase == 3:
                     told, crowd = (data.Episodes(*(torch.from_numpy(x).to(where) for x in mixture.episodes(n, step, micro, rank, n)))
-                                   for n in (episode_facts, max(1, crowd_facts)))
+                                   for n in ((carry_facts, episode_facts - carry_facts) if share_of_steps(carry_share, step) else (episode_facts, 1)))
                     loss, report = phase3_loss(model, batch, told, crowd, step)
                 else:
                     loss, report, _ = mixture_loss(model, batch, step)

@@ -1,5 +1,6 @@
 """The commands that people type first, on the shipped weights."""
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,9 +37,75 @@ def test_halting_answers_with_fewer_ticks():
     assert all(read) and sum(read[1]) / len(read[1]) < sum(read[0]) / len(read[0])
 
 
+# -----------------------------------------------------------------------------
+# the memory
+
+def remembering(folder: Path, *options: str, said: str = "", memory: str = "on") -> subprocess.CompletedProcess:
+    return sample("--memory", memory, f"--memory_dir={folder}", *options, said=said)
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> Path:
+    """A memory of two sessions, each made by a process of its own."""
+    folder = tmp_path_factory.mktemp("told") / "memory"
+    for text in ("Fenlix works as a florist. Keltin lives in Quito.", "Marvas keeps a trout."):
+        run = remembering(folder, f"--start={text}")
+        assert run.returncode == 0 and "(kept " in run.stdout, run.stderr
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_what_it_was_told_survives_the_process_and_reading_writes_nothing(told):
+    before = files(told)
+    for question, answer in (("What work does Fenlix have?", "Fenlix works as a florist."), ("What animal does Marvas keep?", "Marvas keeps a trout."),
+                             ("What city does Keltin live in?", "Keltin lives in Quito.")):
+        assert answer in remembering(told, f"--start={question}", memory="read-only").stdout
+        assert answer not in sample("--chat", f"--start={question}").stdout
+    assert files(told) == before
+
+
+def test_a_session_is_written_when_it_is_interrupted(tmp_path):
+    run = subprocess.Popen([sys.executable, "-u", "sample.py", "--memory", "on", f"--memory_dir={tmp_path}/m"], cwd=ROOT, stdin=subprocess.PIPE,
+                           stdout=subprocess.PIPE, text=True)
+    run.stdin.write("Marvas keeps a trout.\n")
+    run.stdin.flush()
+    while not run.stdout.readline().startswith("model:"):
+        pass
+    run.send_signal(signal.SIGINT)
+    assert "(kept " in run.communicate(timeout=60)[0] and run.returncode == 0
+    assert "1 session(s)" in sample(f"--memory_dir={tmp_path}/m", "--sessions").stdout
+
+
+def test_sessions_are_listed_shown_exported_imported_and_forgotten(told, tmp_path):
+    listing = sample(f"--memory_dir={told}", "--sessions").stdout
+    ids = re.findall(r"^([0-9a-f]{12})", listing, re.M)
+    assert len(ids) == 2 and "2 session(s)" in listing
+    assert "surprise" in sample(f"--memory_dir={told}", f"--show_session={ids[1]}").stdout
+    assert "exported 2" in sample(f"--memory_dir={told}", f"--export_to={tmp_path}/all.safetensors").stdout
+    here = tmp_path / "here"
+    assert "imported 2" in sample(f"--memory_dir={here}", f"--import_from={tmp_path}/all.safetensors").stdout
+    assert "forgot 1" in sample(f"--memory_dir={here}", f"--forget={ids[1]}").stdout
+    asked = "What animal does Marvas keep?"
+    assert "Marvas keeps a trout." not in remembering(here, f"--start={asked}", memory="read-only").stdout
+    run = remembering(here, said="/list\n/forget nobody\n/forget all\n/help\n")
+    assert "error: expected the id" in run.stdout and "forgot 1 session(s), 0 remain" in run.stdout and "/export FILE" in run.stdout
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--memory=sometimes", "--start=a"], "expected --memory on, off or read-only"),
+    (["--memory=read-only", "--start=a", "--memory_dir=no/such"], "found none"), (["--memory=on", "--start=a", "--memory_dir=config"], "found other files"),
+    (["--memory=on", "--start=a", "--graft="], "expected a graft with a CTM block"), (["--memory_dir=no/such", "--sessions"], "found none")])
+def test_bad_memory_input_ends_with_one_line(options, said):
+    run = sample(*options)
+    assert run.returncode == 1 and said in run.stderr and run.stderr.count("error:") == 1 and "Traceback" not in run.stderr
+
+
 @pytest.mark.parametrize("options, status, said", [
     ([], 1, "expected something to say"), (["--start=" + "word " * 600], 1, "shorten the prompt"),
-    (["--start=a", "--memory=on"], 1, "expected --memory=off"), (["--start=a", "--graft=none.safetensors"], 1, "expected weights at"),
+    (["--start=a", "--graft=none.safetensors"], 1, "expected weights at"),
     (["--start=a", "--base=no/such/model/at/all"], 1, "expected a Qwen3 folder or a reachable Hugging Face name"),
     (["--start=a", "--temprature=1"], 2, "did you mean 'temperature'?"), (["--start=a", "--tokenizer=tests"], 1, "no tokenizer at"),
     (["--start=a", "--max_new_tokens=0"], 1, "expected max_new_tokens > 0"), (["--start=a", "--show=everything"], 1, "expected --show=ticks")])
