@@ -39,6 +39,7 @@ base = "weights/backbone"                   # the tiny backbone with its own FFN
 graft = "weights/graft.safetensors"         # the CTM block in its last layer
 control = "weights/ffn.safetensors"         # the backbone's FFN, trained further on the same tokens
 control_unwritten = "weights/unwritten.safetensors"     # the block after phase 3 without the write
+picture = ""                                # of `memory`: a file for recall against the number of facts (needs matplotlib)
 folder = ""                                 # of `answer`, which `memory` starts as its second process
 tokenizer = "weights"
 seeds = 3                                   # samples of text and of questions; the spread is over these
@@ -338,6 +339,26 @@ def session_text(world: data.FactWorld, facts: list[data.Fact]) -> str:
     return "".join(piece.text for piece in world.told(facts))
 
 
+def draw(found: dict[str, dict], file: str) -> None:
+    """Recall from weights against the number of facts told, with its 95 % intervals, next to the memory off and chance."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--picture expected the optional package matplotlib, found none: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    sizes = sorted(int(k.split("_")[1]) for k in found if k.startswith("capacity_"))
+    recall = [found[f"capacity_{n}"]["mean"] for n in sizes]
+    low, high = zip(*(wilson(r, seeds * min(n, 100)) for r, n in zip(recall, sizes)))
+    figure, axes = pyplot.subplots(figsize=(6, 3.2))
+    axes.errorbar(sizes, recall, [np.subtract(recall, low), np.subtract(high, recall)], marker="o", capsize=3, label="from weights, after a restart")
+    axes.axhline(found["off_100"]["mean"], linestyle="--", color="gray", label="memory off")
+    axes.set(xscale="log", xlabel="facts told, in sessions of 10", ylabel="recalled, in other words", ylim=(-0.02, 1.02), xticks=sizes, xticklabels=sizes)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file)
+
+
 def wilson(share: float, n: int, z: float = 1.96) -> list[float]:
     """95 % interval of a share of n (Wilson 1927)."""
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -627,6 +648,8 @@ def memory() -> dict:
     for name, x in found.items():
         inside = " .. ".join(f"{b:.3f}" for b in wilson(x["mean"], 100 * seeds)) if 0 <= x["mean"] <= 1 and "nats" not in name else ""
         print(f"{name:28s} {x['mean']:12.4f} {x['sd']:8.4f}   {inside}")
+    if picture:
+        draw(found, picture)
     cells = ("direct", "paraphrase", "neighbour_drop", "near_miss")
     recall = {n: {("near_miss_false" if c == "near_miss" else c): v[f"{n}_{c}"] for c in cells} for n in ("1", "10", "100")}
     arms = {name: {k[len(name) + 1:]: x for k, x in v.items() if k.startswith(name + "_") and (name != "fine_tune" or "_to_95" not in k)}

@@ -87,6 +87,7 @@ chunk = 32                  # C: tokens between two renewals of the carried sync
 carry_rows = 2              # rows of the mixture on the steps that read it chunk by chunk, gradients through the carry
 carry_share = 0.25          # these steps; on the others nothing is carried
 cut_share = 0.5             # of the carrying steps: the context is dropped half-way, the sync goes on
+document_write = False      # at a cut, the first half is written too and the second read with it: long text as sessions
 episode_facts = 64          # told a step and process, in sessions that share one memory, and asked in others
 carry_facts = 24            # the same on carrying steps, where every token told thinks; the rest is told without gradients
 episode_weight = 1.0        # of all that episodes teach, beside the mixture
@@ -241,13 +242,13 @@ def inherited_sync(model: NanoCTM, before: torch.Tensor) -> torch.Tensor:
 # -----------------------------------------------------------------------------
 # losses of phase 3: the carry, and learning to be writable
 
-def read_in_chunks(model: NanoCTM, tokens: torch.Tensor, session: SessionMemory) -> list[Thought]:
+def read_in_chunks(model: NanoCTM, tokens: torch.Tensor, session: SessionMemory, plastic: torch.Tensor | None = None) -> list[Thought]:
     """Thoughts about one context, chunk by chunk with the carried sync, gradients throughout; the trunk runs ahead."""
     trunk, following, at, thoughts = model.trunk(tokens), successors(tokens), 0, []
     while at < tokens.shape[1]:
         where = torch.arange(at, min(at + session.room(), tokens.shape[1]), device=tokens.device).expand(len(tokens), -1)
         ticks = model.ticks(*trunk, m=session.m, where=where)
-        thoughts.append(model.measure(ticks, following.gather(1, where)))
+        thoughts.append(model.measure(ticks, following.gather(1, where), plastic))
         session.observe(thoughts[-1], following.gather(1, where))
         at += where.shape[1]
     return thoughts
@@ -260,8 +261,13 @@ def carried_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor,
     if share_of_steps(inherited_share, turn):
         session.start(inherited_sync(model, before))
     half = tokens.shape[1] // 2
-    parts = tokens.split(half, 1) if share_of_steps(cut_share, turn) else [tokens]          # a part is a context
-    thoughts = [thought for part in parts for thought in read_in_chunks(model, part, session)]
+    parts = (tokens[:, :half], tokens[:, half:]) if share_of_steps(cut_share, turn) else (tokens,)      # a part is a context
+    thoughts = read_in_chunks(model, parts[0], session)
+    if len(parts) > 1:                                              # what was read before the cut is written, the rest is read with it
+        lived, after = all_lived(thoughts), successors(parts[0])
+        known = (after >= 0) & lived.real
+        plastic = written(*telling(model, lived, after, known), model.ctm.key_moment) if document_write and known.any() else None
+        thoughts += read_in_chunks(model, parts[1], session, plastic)
     following, sizes = successors(tokens), [t.read_tick.shape[1] for t in thoughts]
     losses, reports = zip(*(model.tick_loss(t, f, w, other_tick) for t, f, w in
                             zip(thoughts, following.split(sizes, 1), weight.split(sizes, 1)) if (w > 0).any()))
@@ -296,11 +302,9 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
     """
     lived, following, news, told_keys, m = told_session(model, e, carrying)
     known, root = (following >= 0) & lived.real, math.sqrt(lived.key.shape[-1])
-    hidden, key, came = lived.hidden[known], lived.key[known], following[known]
-    salient, (_, surprise) = salience(model.ctm, key), model.score(hidden, came)
-    values = engrams(model, hidden, came, dopamine(surprise, model.ctm.mean_surprise) * salient)
-    others = crowd_factors(model, crowd) if carrying else [x[:0] for x in (key, values, salient)]
-    plastic = written(*map(torch.cat, zip((key / root, values, salient), others)), model.ctm.key_moment)
+    keys, values, salient = telling(model, lived, following, known)
+    others = crowd_factors(model, crowd) if carrying else [x[:0] for x in (keys, values, salient)]
+    plastic = written(*map(torch.cat, zip((keys, values, salient), others)), model.ctm.key_moment)
 
     where = due_first((e.weight != 0) if carrying else (e.weight < 0) | (e.weight > 1))
     ticks, after = model.ticks(*model.trunk(e.asked), m=m, where=where), successors(e.asked).gather(1, where)
@@ -342,21 +346,26 @@ def told_session(model: NanoCTM, e: data.Episodes, carrying: bool) -> tuple[Live
     return lived, following, e.news.gather(1, where), lived.key[row, place(where, e.told)[row, at]], None
 
 
+def telling(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Factors as a living session forms them, of the tokens in `known` (B, n): keys (N, S), values (N, D), salience (N,)."""
+    hidden, key, came = lived.hidden[known], lived.key[known], following[known]
+    salient, (_, surprise) = salience(model.ctm, key), model.score(hidden, came)
+    values = engrams(model, hidden, came, dopamine(surprise, model.ctm.mean_surprise) * salient)
+    return key / math.sqrt(key.shape[-1]), values, salient
+
+
 def due_first(due: torch.Tensor, others: int = 2) -> torch.Tensor:
     """due (B, T) bool -> positions (B, n): all that are due, and a few others by chance."""
     return foremost(2 * due.float(), min(due.shape[1], int(due.sum(1).max()) + others))
 
 
 @torch.no_grad()
-def crowd_factors(model: NanoCTM, e: data.Episodes) -> list[torch.Tensor]:
-    """Keys (n, S), values (n, D) and salience (n,) of news alone, no gradients: others whom the memory knows."""
+def crowd_factors(model: NanoCTM, e: data.Episodes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The factors of news alone, no gradients: others whom the memory knows."""
     where = foremost(2 * e.news, int(e.news.sum(1).max()))
     following, news = successors(e.told).gather(1, where), e.news.gather(1, where) > 0
     thought = model.measure(model.ticks(*model.trunk(e.told), where=where), following)
-    lived, surprise = Lived.of(thought), thought.nats[news]
-    salient = salience(model.ctm, lived.key[news])
-    values = engrams(model, lived.hidden[news], following[news], dopamine(surprise, model.ctm.mean_surprise) * salient)
-    return [lived.key[news] / math.sqrt(lived.key.shape[-1]), values, salient]
+    return telling(model, Lived.of(thought), following, news)
 
 
 def place(where: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ text_share = 0.7
 B = 2
 T = 1024
 carry_rows = 1
+document_write = True
 accumulation = 4
 episode_facts = 64
 carry_facts = 16

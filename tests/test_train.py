@@ -51,15 +51,23 @@ def phase2(world: Path, out: str, *extra: str, processes: int = 1) -> subprocess
                  "--imitation_steps=2", "--thinking_share=0.5", *extra, processes=processes)
 
 
+@pytest.fixture(scope="module")
+def grafted(world) -> Path:
+    """The same, with a graft that phase 2 trained without a pause."""
+    run = phase2(world, "g1")
+    assert run.returncode == 0, run.stderr
+    return world
+
+
 def test_phase_1_resumes_bit_for_bit(world):
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert same_files(world / "whole/last" / name, world / "paused/last" / name)
     assert (world / "whole/best/model.safetensors").exists()
 
 
-def test_phase_2_resumes_bit_for_bit_and_touches_nothing_but_the_block(world):
-    before = (world / "whole/last/model.safetensors").read_bytes()
-    for out, extra in (("g1", []), ("g2", ["--stop_at=4"]), ("g2", ["--resume"])):
+def test_phase_2_resumes_bit_for_bit_and_touches_nothing_but_the_block(grafted):
+    world, before = grafted, (grafted / "whole/last/model.safetensors").read_bytes()
+    for out, extra in (("g2", ["--stop_at=4"]), ("g2", ["--resume"])):
         run = phase2(world, out, *extra)
         assert run.returncode == 0, run.stderr
     for name in ("graft.safetensors", "optimizer.safetensors"):
@@ -69,7 +77,8 @@ def test_phase_2_resumes_bit_for_bit_and_touches_nothing_but_the_block(world):
     assert log[0]["run"]["config"]["seed"] == 1 and log[-1]["step"] == 8 and {"loss", "nats", "val", "recall_8"} <= log[-1].keys()
 
 
-def test_two_processes_take_the_same_steps_together(world):
+def test_two_processes_take_the_same_steps_together(grafted):
+    world = grafted
     run = phase2(world, "two", processes=2)
     assert run.returncode == 0, run.stderr
     assert not same_files(world / "two/last/graft.safetensors", world / "g1/last/graft.safetensors")
@@ -79,13 +88,14 @@ def test_two_processes_take_the_same_steps_together(world):
 
 def phase3(world: Path, out: str, *extra: str) -> subprocess.CompletedProcess:
     return train("--phase=3", f"--base={world}/whole/last", f"--graft={world}/g1/last/graft.safetensors", f"--text={world}/tokens",
-                 f"--out_dir={world}/{out}", "--max_steps=8", "--thinking_share=0.5", "--carry_share=0.5", "--episode_facts=6", *extra)
+                 f"--out_dir={world}/{out}", "--max_steps=8", "--thinking_share=0.5", "--carry_share=0.5", "--episode_facts=6", "--carry_facts=3", *extra)
 
 
 @pytest.mark.parametrize("rule", ["solved", "sum"])
-def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(world, rule):
+def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted, rule):
+    world = grafted
     for out, extra in (("m1", []), ("m2", ["--stop_at=4"]), ("m2", ["--resume"])):
-        run = phase3(world, out, f"--write_rule={rule}", *extra)
+        run = phase3(world, out, f"--write_rule={rule}", f"--document_write={rule == 'sum'}", *extra)
         assert run.returncode == 0, run.stderr
     for name in ("graft.safetensors", "optimizer.safetensors"):
         assert same_files(world / "m1/last" / name, world / "m2/last" / name)
@@ -97,7 +107,8 @@ def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(world, rule):
     assert {"value_nats", "agree", "salient_facts", "weights_10", "weights_50"} <= log[-1].keys()
 
 
-def test_the_control_of_phase_3_never_trains_through_the_write(world):
+def test_the_control_of_phase_3_never_trains_through_the_write(grafted):
+    world = grafted
     run = phase3(world, "unwritten", "--through_write=False")
     assert run.returncode == 0, run.stderr
     before, after = (load_file(world / f"{run}/last/graft.safetensors") for run in ("g1", "unwritten"))
@@ -136,7 +147,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(world):
     assert all(torch.isfinite(t).all() for t in saved.values())
 
 
-def test_resume_refuses_other_settings(world):
+def test_resume_refuses_other_settings(grafted):
+    world = grafted
     run = phase2(world, "g1", "--resume", "--seed=2")
     assert run.returncode == 1 and "resume with the same config" in run.stderr
 
