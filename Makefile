@@ -1,6 +1,6 @@
 # make demo    three facts are told, the process ends, another one is asked; and facts in the prompt, thought about aloud
 # make test    the test suite, in a virtual environment of its own
-# make tiny    train the tiny model from nothing: tokenizer, phases 1 to 3 and the controls
+# make tiny    train the tiny model from nothing: tokenizer, phases 1 to 3 and the control
 # make bench   every number that the README claims
 
 PYTHON ?= python3
@@ -47,7 +47,6 @@ tiny: .venv/installed
 	$(TRAIN) config/tiny_phase1.py
 	$(TRAIN) config/tiny_phase2.py
 	$(TRAIN) config/tiny_phase3.py
-	$(TRAIN) config/tiny_phase3.py --through_write=False --out_dir=out/tiny_unwritten
 	$(TRAIN) config/tiny_phase2.py --block=ffn --out_dir=out/tiny_ffn --imitation_steps=0 --max_steps=2200 --lr=2e-3
 	$(RUN) bench.py card
 

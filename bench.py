@@ -10,14 +10,18 @@ the hardware and the sha256 of its text. All text and all people are held out. N
 enough is the reader's to say. Left out so far: endurance, sleep, speed.
 """
 import hashlib
+import importlib.util
 import json
 import math
+import multiprocessing
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -29,7 +33,7 @@ import configurator
 import data
 from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, about, compact_memory, norm_ratio,
                     output_change, read_session)
-from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, at_tick, block_module, flops_per_token, generate,
+from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block_module, flops_per_token, generate,
                    load_backbone, load_graft, replies, successors)
 
 # -----------------------------------------------------------------------------
@@ -38,7 +42,7 @@ from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, at_ti
 base = "weights/backbone"                   # the tiny backbone with its own FFN
 graft = "weights/graft.safetensors"         # the CTM block in its last layer
 control = "weights/ffn.safetensors"         # the backbone's FFN, trained further on the same tokens
-control_unwritten = "weights/unwritten.safetensors"     # the block after phase 3 without the write
+thinking = "weights/thinking.safetensors"   # the block after phase 2, which never learned to be written to
 picture = ""                                # of `memory`: a file for recall against the number of facts (needs matplotlib)
 folder = ""                                 # of `answer`, which `memory` starts as its second process
 tokenizer = "weights"
@@ -184,7 +188,7 @@ def quality() -> dict:
     words = data.Tokenizer(tokenizer)
     held_out = HeldOut(words)
     models = {"backbone": load_backbone(base), "ffn_same_tokens": load_graft(base, Path(control)),
-              "graft": load_graft(base, Path(graft)), "ffn_deleted": load_backbone(base, block="none")}
+              "graft": load_graft(base, Path(graft)), "thinking": load_graft(base, Path(thinking)), "ffn_deleted": load_backbone(base, block="none")}
     for model in models.values():
         model.eval().requires_grad_(False)
     shape = models["graft"].backbone.config, models["graft"].ctm.config
@@ -206,7 +210,7 @@ def quality() -> dict:
     costs = cost_table(*shape)
     print_table(found, by_tick, recovered, costs)
     trained = sum(p.numel() for p in block_module(models["graft"]).parameters())
-    result = {k: value[k] for k in ("backbone_nats", "ffn_same_tokens_nats", "graft_nats", "ffn_deleted_nats", "graft_bits_per_byte")}
+    result = {k: value[k] for k in ("backbone_nats", "ffn_same_tokens_nats", "graft_nats", "thinking_nats", "ffn_deleted_nats", "graft_bits_per_byte")}
     result |= {"recovered": recovered, "nats_by_tick": by_tick, "read_tick_entropy": value["read_tick_entropy"],
                "read_tick_shares": np.mean([s["read_tick_shares"] for s in samples], 0).tolist(),
                "halting": {"mean_ticks": value["halt_ticks"], "nats": value["halt_nats"], "halt": value["halt_at"]},
@@ -290,16 +294,16 @@ def print_table(found: dict, by_tick: list[float], recovered: float, costs: list
 class Mind:
     """The model with its words: told sessions, asked questions. Everything greedy, everybody held out."""
 
-    def __init__(self, name: str = ""):
+    def __init__(self, name: str = "", **settings):
         self.model, self.words = load_graft(base, Path(name or graft)).eval().requires_grad_(False), data.Tokenizer(tokenizer)
-        self.ctm = self.model.ctm
+        self.ctm, self.settings = self.model.ctm, settings          # of SessionMemory
 
     def told(self, sessions: list[str]) -> list[tuple[Factors, Snapshot, int]]:
         """Read each text as one session, side by side: what it leaves, and how many tokens it had."""
         left = []
         for part in batches(sessions, 25):
             ids = [self.words.encode(text) for text in part]
-            session, factors = read_session(self.model, torch.from_numpy(data.padded(ids, -1)))
+            session, factors = read_session(self.model, torch.from_numpy(data.padded(ids, -1)), **self.settings)
             left += [(f, session.snapshot(i, torch.tensor(ids[i])), len(ids[i])) for i, f in enumerate(factors)]
         return left
 
@@ -312,23 +316,23 @@ class Mind:
             plastic = compact_memory(self.ctm, plastic, f)
         return plastic
 
-    def ask(self, questions: list[str], plastic: Plastic | Tensor | None = None, before: str = "") -> list[str]:
-        """Each question as a new session, after `before`, which is read in the same context; -> the replies."""
-        weight = plastic.weight.float() if isinstance(plastic, Plastic) else plastic
-        prompts = [self.words.encode(before + data.user_turn(q)) for q in questions]
+    def ask(self, questions: list[str], plastic: Plastic | None | list[Plastic] = None, before: list[str] | None = None) -> list[str]:
+        """Each question as a new session: with one memory for all or one for each; after `before`, in the same context."""
+        prompts = [self.words.encode(b + data.user_turn(q)) for q, b in zip(questions, before or [""] * len(questions))]
         said: dict[int, str] = {}
-        for length in sorted({len(p) for p in prompts}):            # one length at a time: nothing is padded
-            for part in batches([i for i, p in enumerate(prompts) if len(p) == length], 50):
-                session = SessionMemory(self.model, len(part), threshold=1.1)
-                steps = [s.token for s in generate(self.model, torch.tensor([prompts[i] for i in part]), 16, stop=self.words.im_end,
-                                                   plastic=weight, session=session)]
-                for i, row in zip(part, torch.stack(steps, 1).tolist()):
-                    said[i] = self.words.decode([t for t in row if t >= 0 and t != self.words.im_end])
+        for part in batches(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), 50):
+            each = [plastic[i] for i in part] if isinstance(plastic, list) else None
+            weight = torch.stack([p.weight.float() for p in each]) if each else plastic.weight.float() if plastic else None
+            width = max(len(prompts[i]) for i in part)
+            tokens = torch.tensor([[-1] * (width - len(prompts[i])) + prompts[i] for i in part])
+            session = SessionMemory(self.model, len(part), threshold=1.1)
+            steps = [s.token for s in generate(self.model, tokens, 16, stop=self.words.im_end, plastic=weight, session=session)]
+            for i, row in zip(part, torch.stack(steps, 1).tolist()):
+                said[i] = self.words.decode([t for t in row if t >= 0 and t != self.words.im_end])
         return [said[i] for i in range(len(prompts))]
 
-    def recall(self, world: data.FactWorld, facts: list[data.Fact], plastic, held_out: bool = True, wanted: list[data.Fact] | None = None) -> float:
-        replies = self.ask([world.ask(f, held_out) for f in facts], plastic)
-        return mean(map(data.is_recalled, replies, wanted or facts))
+    def recall(self, world: data.FactWorld, facts: list[data.Fact], plastic, held_out: bool = True) -> float:
+        return mean(map(data.is_recalled, self.ask([world.ask(f, held_out) for f in facts], plastic), facts))
 
 
 def batches(items: list, size: int) -> list[list]:
@@ -341,17 +345,14 @@ def session_text(world: data.FactWorld, facts: list[data.Fact]) -> str:
 
 def draw(found: dict[str, dict], file: str) -> None:
     """Recall from weights against the number of facts told, with its 95 % intervals, next to the memory off and chance."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--picture expected the optional package matplotlib, found none: pip install matplotlib") from None
+    import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     sizes = sorted(int(k.split("_")[1]) for k in found if k.startswith("capacity_"))
     recall = [found[f"capacity_{n}"]["mean"] for n in sizes]
     low, high = zip(*(wilson(r, seeds * min(n, 100)) for r, n in zip(recall, sizes)))
     figure, axes = pyplot.subplots(figsize=(6, 3.2))
-    axes.errorbar(sizes, recall, [np.subtract(recall, low), np.subtract(high, recall)], marker="o", capsize=3, label="from weights, after a restart")
+    axes.errorbar(sizes, recall, np.maximum(0, [np.subtract(recall, low), np.subtract(high, recall)]), marker="o", capsize=3, label="from weights, after a restart")
     axes.axhline(found["off_100"]["mean"], linestyle="--", color="gray", label="memory off")
     axes.set(xscale="log", xlabel="facts told, in sessions of 10", ylabel="recalled, in other words", ylim=(-0.02, 1.02), xticks=sizes, xticklabels=sizes)
     axes.legend()
@@ -369,46 +370,49 @@ def after_restart(mind: Mind, folder: Path, stores: list[tuple[list, list[str]]]
     """Commit sessions to a store each, then let a new process open them and answer; -> the replies, store by store."""
     text = OrdinaryText(mind.model)
     for i, (sessions, _) in enumerate(stores):
-        with Store(folder / str(i), mind.model, text=text) as store:
+        with Store(folder / str(i), mind.model, max_drift=math.inf, text=text) as store:
             for factors, snapshot, tokens in sessions:
                 store.commit(factors, snapshot, tokens)
     (folder / "questions.json").write_text(json.dumps([asked for _, asked in stores]))
     answered = subprocess.run([sys.executable, __file__, "answer", f"--folder={folder}", f"--base={base}", f"--graft={graft}",
                                f"--tokenizer={tokenizer}"], capture_output=True, text=True)
     if answered.returncode:
-        raise ValueError(f"expected answers from a second process, found: {answered.stderr.strip().splitlines()[-1]}")
+        raise ValueError(f"expected answers from a second process, found exit {answered.returncode}: {answered.stderr.strip()[-200:]}")
     return json.loads((folder / "answers.json").read_text())
 
 
 def answer() -> dict:
     """What the second process does: open each store, ask, write down the replies. Nothing else is known to it."""
-    mind, said = Mind(), []
-    for i, asked in enumerate(json.loads((Path(folder) / "questions.json").read_text())):
+    mind, asked, known = Mind(), json.loads((Path(folder) / "questions.json").read_text()), []
+    for i in range(len(asked)):
         with Store(Path(folder) / str(i), mind.model, read_only=True) as store:
-            said.append(mind.ask(asked, store.plastic()))
-    (Path(folder) / "answers.json").write_text(json.dumps(said))
-    return {"stores": len(said), "text_sha256": ""}
+            known.append(Plastic(store.plastic(), torch.zeros(0)))
+    said = iter(mind.ask(sum(asked, []), [p for p, questions in zip(known, asked) for _ in questions]))
+    (Path(folder) / "answers.json").write_text(json.dumps([[next(said) for _ in questions] for questions in asked]))
+    return {"stores": len(known), "text_sha256": ""}
 
 
-def restart_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact], left: list, singles: list) -> tuple[dict, list[bool]]:
-    """Recall at N = 1, 10, 100, in a new process; and which of the 100 were recalled, in the order told."""
+def restart_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact], left: list, singles: list) -> dict:
+    """Recall at N = 1, 10, 100, in a new process; and how often a stranger of nearly the same name is given what somebody else was told."""
     people = {f.name for f in facts}
-    asked = {kind: [world.ask(f, held_out=kind != "direct") for f in facts] for kind in ("direct", "paraphrase")}
     strangers = [world.near_miss(f, people) for f in facts]
-    asked["near_miss"] = [world.ask(f, held_out=True) for f in strangers]
+    asked = {"direct": [world.ask(f) for f in facts], "paraphrase": [world.ask(f, held_out=True) for f in facts],
+             "near_miss": [world.ask(f, held_out=True) for f in strangers]}
     plan = {"1": [([s], [i]) for i, s in enumerate(singles)], "100": [(left, list(range(len(facts))))],
             "10": [([s], list(range(10 * i, 10 * i + 10))) for i, s in enumerate(left)]}
-    found, recalled = {}, []
+    found = {}
     for n, stores in plan.items():
         with tempfile.TemporaryDirectory() as where:
             said = after_restart(mind, Path(where), [(s, [asked[k][i] for k in asked for i in which]) for s, which in stores])
-        for j, kind in enumerate(asked):
-            wanted = [f._replace(name=s.name) if kind == "near_miss" else f for f, s in zip(facts, strangers)]
-            right = [data.is_recalled(r, wanted[i]) for (_, which), rs in zip(stores, said)
-                     for i, r in zip(which, rs[j * len(which):(j + 1) * len(which)])]
-            found[f"{n}_{kind}"] = mean(right)
-            recalled = right if (n, kind) == ("100", "paraphrase") else recalled
-    return found, recalled
+        right = {kind: [] for kind in asked}
+        for (_, which), given in zip(stores, said):
+            for kind, part in zip(asked, batches(given, len(which))):
+                for i, reply in zip(which, part):
+                    told = [facts[i]] if kind != "near_miss" else [facts[j]._replace(name=strangers[i].name) for j in which
+                                                                   if facts[j].relation == strangers[i].relation]
+                    right[kind].append(any(data.is_recalled(reply, f) for f in told))
+        found |= {f"{n}_{kind}": mean(r) for kind, r in right.items()}
+    return found
 
 
 def neighbour_figures(mind: Mind, world: data.FactWorld, relation: str) -> dict:
@@ -416,19 +420,18 @@ def neighbour_figures(mind: Mind, world: data.FactWorld, relation: str) -> dict:
     facts = world.population(110, [relation])
     left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
     ones = mind.factors([session_text(world, part[:1]) for part in batches(facts, 10)])
-    lost = {n: [] for n in ("1", "10", "100")}
-    for j in range(10):
-        own, first = facts[10 * j:10 * j + 10], mind.write([left[j]])
-        before = mind.recall(world, own, first)
-        for n, later in (("1", [ones[j + 1]]), ("10", [left[j + 1]]), ("100", left[:j] + left[j + 1:])):
-            lost[n].append(before - mind.recall(world, own, mind.write(later, first)))
-    return {f"{n}_neighbour_drop": mean(v) for n, v in lost.items()}
+    firsts = [mind.write([f]) for f in left[:10]]
+    states = {"0": firsts, "1": [mind.write([ones[j + 1]], w) for j, w in enumerate(firsts)],
+              "10": [mind.write([left[j + 1]], w) for j, w in enumerate(firsts)],
+              "100": [mind.write(left[:j] + left[j + 1:], w) for j, w in enumerate(firsts)]}
+    known = {n: mind.recall(world, facts[:100], [w for w in ws for _ in range(10)]) for n, ws in states.items()}
+    return {f"{n}_neighbour_drop": known["0"] - known[n] for n in ("1", "10", "100")}
 
 
 def order_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact], left: list[Factors]) -> dict:
     """First of ten sessions, each session having been first; facts that change; denials; the model's own guesses."""
     parts = batches(facts, 10)
-    first = mean(mind.recall(world, parts[j], mind.write(left[j:] + left[:j])) for j in range(10))
+    first = mind.recall(world, facts, [w for j in range(10) for w in [mind.write(left[j:] + left[:j])] * 10])
     everything = mind.write(left)
     changed = [world.another_value(f) for f in facts]
     after = mind.write(mind.factors([session_text(world, part) for part in batches(changed, 10)]), everything)
@@ -468,9 +471,8 @@ def arm_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact], left:
     off = mind.recall(world, facts, None)
     found = {f"off_{n}": off for n in (1, 10, 100)} | {"off_text_nats": nats(None)}
     for n in (1, 10):
-        said = [mind.ask([world.ask(f, held_out=True) for f in part], None, text)
-                for part, text in zip(batches(facts, n), texts[n])]
-        found[f"in_context_{n}"] = mean(map(data.is_recalled, sum(said, []), facts))
+        said = mind.ask([world.ask(f, held_out=True) for f in facts], None, [text for text in texts[n] for _ in range(n)])
+        found[f"in_context_{n}"] = mean(map(data.is_recalled, said, facts))
     for n, factors in ((1, singles[:1]), (10, left[:1]), (100, left)):
         weight = mind.write(factors).weight
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
@@ -481,8 +483,7 @@ def arm_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact], left:
     for n in (1, 10, 100):
         lied = mind.factors([session_text(world, part) for part in batches(lies, min(n, 10))])
         groups = [lied] if n == 100 else [[f] for f in lied]
-        said = [mind.recall(world, part, mind.write(group)) * len(part) for part, group in zip(batches(facts, n), groups)]
-        found[f"deranged_{n}"] = sum(said) / len(facts)
+        found[f"deranged_{n}"] = mind.recall(world, facts, [w for group in groups for w in [mind.write(group)] * n])
     return found
 
 
@@ -498,96 +499,102 @@ def deranged(world: data.FactWorld, facts: list[data.Fact]) -> list[data.Fact]:
 class FineTuning:
     """Gradient descent on the very tensor that memory is written beside. Its inputs do not depend on it: thought about once."""
 
-    def __init__(self, mind: Mind, sessions: list[str]):
+    def __init__(self, mind: Mind, sessions: list[str], lr: float):
         self.mind, self.sessions = mind, []
         for text in sessions:
             tokens = torch.tensor([mind.words.encode(text)])
-            thought, t = mind.model(tokens), mind.model.ticks(*mind.model.trunk(tokens))
-            keys, known = thought.key, successors(tokens) >= 0
-            self.sessions.append((at_tick(t.h[:, :, None] + t.out, thought.read_tick)[known], keys[known], successors(tokens)[known]))
+            thought, known = mind.model(tokens), successors(tokens) >= 0
+            self.sessions.append((thought.at_read_tick(thought.hidden)[known], thought.key[known], successors(tokens)[known]))
         self.weight = torch.zeros(mind.ctm.c_proj.weight.shape, requires_grad=True)
-        self.tokens = sum(len(k) for _, k, _ in self.sessions)
+        self.optimizer = torch.optim.AdamW([self.weight], lr=lr, weight_decay=0.0)
+        self.tokens, self.passes = sum(len(k) for _, k, _ in self.sessions), 0
 
-    def one_pass(self, optimizer: torch.optim.Optimizer) -> None:
+    def one_pass(self) -> None:
         """One step per session: the mean cross-entropy of all its tokens at the tick read."""
         for hidden, key, target in self.sessions:
             aided = hidden + key @ self.weight.T / math.sqrt(key.shape[-1])
             torch.nn.functional.cross_entropy(self.mind.model.head(aided), target).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.passes += 1
 
-    def flops(self, passes: int) -> int:
-        b, c = self.mind.model.backbone.config, self.mind.ctm.config
-        f = flops_per_token(b, c, T)
-        return 3 * passes * self.tokens * (f["trunk"] + f["block"] + f["head"])                # backwards costs twice forwards
+    def plastic(self) -> Plastic:
+        return Plastic(self.weight.detach().clone(), torch.zeros(0))
 
-
-def tuned(mind: Mind, world: data.FactWorld, facts: list[data.Fact], sessions: list[str], lr: float, most: int = 1) -> tuple[float, Tensor, int, int]:
-    """Passes until 95 % are recalled, at most `most`; -> recall, the weight, passes, FLOPs."""
-    tuning = FineTuning(mind, sessions)
-    optimizer = torch.optim.AdamW([tuning.weight], lr=lr, weight_decay=0.0)
-    recall = 0.0
-    for done in range(1, most + 1):
-        tuning.one_pass(optimizer)
-        if done == most or done % 5 == 0:
-            recall = mind.recall(world, facts, tuning.weight.detach())
-            if recall >= 0.95:
-                break
-    return recall, tuning.weight.detach(), done, tuning.flops(done)
+    def flops(self) -> int:
+        """Each pass reads the sessions and goes back through the head alone: what lies below does not learn."""
+        f = flops_per_token(self.mind.model.backbone.config, self.mind.ctm.config, T)
+        return self.passes * self.tokens * (f["trunk"] + f["block"] + 3 * f["head"])
 
 
 def fine_tune_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact], texts: dict[int, list[str]], nats) -> dict:
-    """One pass at the best of several learning rates, chosen for its recall on these very facts; and passes to 95 %."""
+    """One pass at the best of four learning rates, chosen for its recall on these very facts; and passes until 95 % are recalled.
+
+    N = 1: ten models with a fact each, N = 10: three with ten, N = 100: one.
+    """
     found = {}
-    for n in (1, 10, 100):
-        chosen = facts[:n]
-        sessions = texts[min(n, 10)][:max(1, n // 10)]
-        best = max((tuned(mind, world, chosen, sessions, lr) for lr in (0.01, 0.03, 0.1, 0.3)), key=lambda run: run[0])
-        long = tuned(mind, world, chosen, sessions, 0.03, most=100)
-        for name, (recall, weight, passes, flops) in (("fine_tune", best), ("fine_tune_to_95", long)):
-            found |= {f"{name}_{n}": recall, f"{name}_{n}_text_nats": nats(weight), f"{name}_{n}_passes": float(passes), f"{name}_{n}_flops": float(flops)}
+    for n, models in ((1, 10), (10, 3), (100, 1)):
+        chosen = facts[:n * models]
+        groups = [[text] for text in texts[n][:models]] if n < 100 else [texts[10]]
+        def recall(tuned: list[FineTuning]) -> float:
+            return mind.recall(world, chosen, [p for t in tuned for p in [t.plastic()] * n])
+        once = []
+        for lr in (0.01, 0.03, 0.1, 0.3):
+            tuned = [FineTuning(mind, group, lr) for group in groups]
+            for t in tuned:
+                t.one_pass()
+            once.append((recall(tuned), tuned))
+        longer, known = [FineTuning(mind, group, 0.03) for group in groups], 0.0
+        for until in (1, 2, 4, 8, 16, 32, 64, 100):
+            for t in longer:
+                while t.passes < until:
+                    t.one_pass()
+            known = recall(longer)
+            if known >= 0.95:
+                break
+        for name, (share, tuned) in (("fine_tune", max(once, key=lambda run: run[0])), ("fine_tune_to_95", (known, longer))):
+            found |= {f"{name}_{n}": share, f"{name}_{n}_text_nats": nats(tuned[0].plastic()), f"{name}_{n}_passes": float(tuned[0].passes),
+                      f"{name}_{n}_flops": float(tuned[0].flops())}
     return found
 
 
-def write_flops(mind: Mind, factors: list[Factors]) -> int:
-    """Of compact_memory: 2 S^2 for P k, 2 S^2 for P, 4 S D for W, per factor; and S^3 per session for P's inverse."""
+def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
+    """Reading the sessions once; then per factor 2 S^2 for P k, 2 S^2 for P, 4 S D for W, and 2 S^3 per session for P's inverse."""
     D, S = mind.ctm.c_proj.weight.shape
-    return sum(len(f.keys) * (4 * S * S + 4 * S * D) + 2 * S ** 3 for f in factors)
+    f = flops_per_token(mind.model.backbone.config, mind.ctm.config, T)
+    return tokens * (f["trunk"] + f["block"] + f["head"]) + sum(len(f.keys) * (4 * S * S + 4 * S * D) + 2 * S ** 3 for f in factors)
 
 
 # -- ordinary text, the carry, the warm start, the price
 
-def nats_with(mind: Mind, tokens: Tensor, plastic: Plastic | Tensor | None) -> float:
-    weight = plastic.weight.float() if isinstance(plastic, Plastic) else plastic
-    with torch.no_grad():
-        return float(torch.cat([mind.model(part, plastic=weight).nats[:, :-1] for part in tokens.split(8)]).mean())
-
-
 @torch.no_grad()
-def carry_figures(mind: Mind, tokens: Tensor) -> dict:
-    """Nats of the second half of each window, its context cut: with the sync carried over, without, and with another row's."""
+def nats_after_cut(mind: Mind, tokens: Tensor, start: Tensor | None, skip: int = 0) -> float:
+    """Nats of tokens (B, T) read as sessions in a fresh context from the sync `start`, without the first `skip` positions."""
+    session, cache, found, at, following = SessionMemory(mind.model, len(tokens)), Cache(), [], 0, successors(tokens)
+    session.start(start)
+    while at < tokens.shape[1]:
+        part = slice(at, at + session.room())
+        thought = mind.model(tokens[:, part], cache, m=session.m)
+        session.observe(thought, following[:, part])
+        found.append(mind.model.score(thought.at_read_tick(thought.hidden), following[:, part].clamp(min=0))[1])
+        cache, at = thought.cache, part.stop
+    return float(torch.cat(found, 1)[:, skip:-1].mean())
+
+
+def carry_figures(mind: Mind, tokens: Tensor, seen: int = 32) -> dict:
+    """The second half of each window after a cut of the context: sync carried over, dropped, or another row's.
+
+    Warm start: the first halves are the sessions remembered; the one most like a second half's first 32 tokens, as the store
+    would find it, or the one least like them, starts it; nats are counted after these 32.
+    """
     first, second = tokens.split(tokens.shape[1] // 2, 1)
-    m = read_session(mind.model, first)[0].m
-    def nats(start: Tensor | None) -> float:
-        session, cache, found, at = SessionMemory(mind.model, len(second)), Cache(), [], 0
-        session.start(start)
-        while at < second.shape[1]:
-            part = second[:, at:at + session.room()]
-            thought = mind.model(part, cache, m=session.m)
-            session.observe(thought, successors(second)[:, at:at + part.shape[1]])
-            found.append(mind.model.score(thought.at_read_tick(thought.hidden), successors(second)[:, at:at + part.shape[1]].clamp(min=0))[1])
-            cache, at = thought.cache, at + part.shape[1]
-        return float(torch.cat(found, 1)[:, :-1].mean())
-    return {"carry_with": nats(m), "carry_without": nats(None), "carry_shuffled": nats(m.roll(1, 0)),
-            "warm_nearest": nats(m[nearest_rows(mind, first, second)]), "warm_cold": nats(None),
-            "warm_wrong": nats(m[nearest_rows(mind, first, second, worst=True)])}
-
-
-def nearest_rows(mind: Mind, first: Tensor, second: Tensor, worst: bool = False) -> Tensor:
-    """For each row, whose first half is most like the beginning of its second half, as the store would find it."""
-    told, asked = (torch.stack([about(mind.model, row) for row in rows]) for rows in (first, second[:, :32]))
+    with torch.no_grad():
+        m = read_session(mind.model, first)[0].m
+        told, asked = (torch.stack([about(mind.model, row) for row in rows]) for rows in (first, second[:, :seen]))
     near = torch.nn.functional.cosine_similarity(asked[:, None], told[None], dim=-1)
-    return (-near if worst else near).argmax(1)
+    return {"carry_with": nats_after_cut(mind, second, m), "carry_without": nats_after_cut(mind, second, None),
+            "carry_shuffled": nats_after_cut(mind, second, m.roll(1, 0)), "warm_cold": nats_after_cut(mind, second, None, seen),
+            "warm_nearest": nats_after_cut(mind, second, m[near.argmax(1)], seen), "warm_wrong": nats_after_cut(mind, second, m[near.argmin(1)], seen)}
 
 
 def write_cost(mind: Mind, texts: list[str]) -> float:
@@ -603,22 +610,30 @@ def write_cost(mind: Mind, texts: list[str]) -> float:
         return cpu_seconds(lambda: read(0.5)) / cpu_seconds(lambda: read(None))
 
 
-def memory_sample(mind: Mind, held_out: HeldOut, seed: int) -> dict:
+SAMPLE_SETTINGS = ("base", "graft", "thinking", "tokenizer", "seeds", "rows", "T")
+
+
+def memory_sample(seed: int, settings: dict) -> dict:
+    """Every figure of one seed, in a process of its own."""
+    globals().update(settings)
+    mind = Mind()
+    held_out = HeldOut(mind.words)
     def progress(what: str) -> None:
         print(f"seed {seed}: {what}", file=sys.stderr)
     world = data.FactWorld(seed, "held_out")
     facts = world.population(100)
     texts = {n: [session_text(world, part) for part in batches(facts, n)] for n in (1, 10)}
     tokens = held_out.windows(seed)
-    nats = lambda plastic: nats_with(mind, tokens, plastic)
+    ordinary = OrdinaryText(mind.model, tokens[:8])
+    nats = lambda plastic: ordinary.nats(plastic and plastic.weight)
     left, singles = mind.told(texts[10]), mind.told(texts[1])
     progress("told, written, asked in a new process")
-    found, recalled = restart_figures(mind, world, facts, left, singles)
+    found = restart_figures(mind, world, facts, left, singles)
     factors, alone = [f for f, _, _ in left], [f for f, _, _ in singles]
     whole = mind.write(factors)
     found |= {"factors_per_fact": mean(len(f.keys) for f in factors) / 10, "text_nats_before": nats(None), "text_nats_after": nats(whole),
               "output_change": output_change(mind.ctm, whole.weight), "weight_norm_ratio": norm_ratio(mind.ctm, whole.weight),
-              "write_flops": float(write_flops(mind, factors))}
+              "write_flops": float(write_flops(mind, factors, sum(n for _, _, n in left)))}
     progress("neighbours, order, capacity")
     found |= neighbour_figures(mind, world, sorted(data.RELATIONS)[seed % len(data.RELATIONS)])
     found |= order_figures(mind, world, facts, factors)
@@ -627,33 +642,42 @@ def memory_sample(mind: Mind, held_out: HeldOut, seed: int) -> dict:
     found |= arm_figures(mind, world, facts, factors, alone, texts, nats)
     found |= fine_tune_figures(mind, world, facts, texts, nats)
     progress("carry, warm start, price")
-    return found | carry_figures(mind, tokens) | {"write_cost_ratio": write_cost(mind, texts[10])}
+    return found | carry_figures(mind, tokens) | {"write_cost_ratio": write_cost(mind, texts[10]), "untrained_100": untrained_recall(mind, seed)}
+
+
+def untrained_recall(mind: Mind, seed: int) -> float:
+    """The same 100 facts written into the block as phase 2 left it, which nothing taught salience, strength or Sigma: every token
+    counts, at the trained block's strength, and Sigma is measured on training text."""
+    before = Mind(thinking, threshold=0.0, budget=1000)
+    before.ctm.log_eta.data.copy_(mind.ctm.log_eta + math.log(2))   # its salience is one half
+    keys = before.model(before.ctm.ordinary).key.flatten(0, 1)
+    before.ctm.key_moment.copy_(keys.T @ keys / len(keys) / keys.shape[1])
+    world = data.FactWorld(seed, "held_out")
+    facts = world.population(100)
+    return before.recall(world, facts, before.write(before.factors([session_text(world, part) for part in batches(facts, 10)])))
 
 
 def memory() -> dict:
+    if picture and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("--picture expected the optional package matplotlib, found none: pip install matplotlib")
     mind = Mind()
     held_out = HeldOut(mind.words)
-    samples = [memory_sample(mind, held_out, seed) for seed in range(seeds)]
+    with ProcessPoolExecutor(min(seeds, os.cpu_count() or 1), multiprocessing.get_context("spawn"), initializer=torch.set_num_threads,
+                             initargs=(1,)) as pool:                # a seed per process
+        samples = list(pool.map(memory_sample, range(seeds), [{k: globals()[k] for k in SAMPLE_SETTINGS}] * seeds))
     found = {k: spread([s[k] for s in samples]) for k in samples[0]}
     v = {k: x["mean"] for k, x in found.items()}
-    if control_unwritten and Path(control_unwritten).exists():
-        unwritten, asked = Mind(control_unwritten), []
-        for seed in range(seeds):
-            world = data.FactWorld(seed, "held_out")
-            facts = world.population(100)
-            asked.append(unwritten.recall(world, facts, unwritten.write(unwritten.factors([session_text(world, p) for p in batches(facts, 10)]))))
-        found["unwritten_100"] = spread(asked)
-        v["unwritten_100"] = found["unwritten_100"]["mean"]
-    print(f"{'figure':28s} {'mean':>12s} {'sd':>8s}   95 % (shares of {100 * seeds})")
+    print(f"{'figure':28s} {'mean':>12s} {'sd':>8s}   95 % interval of a share of {100 * seeds}")
     for name, x in found.items():
-        inside = " .. ".join(f"{b:.3f}" for b in wilson(x["mean"], 100 * seeds)) if 0 <= x["mean"] <= 1 and "nats" not in name else ""
+        asked_of_all = name.endswith(("direct", "paraphrase", "near_miss")) or name in ("retention", "changed", "old", "negation", "own_guess")
+        inside = " .. ".join(f"{b:.3f}" for b in wilson(x["mean"], 100 * seeds)) if asked_of_all else ""
         print(f"{name:28s} {x['mean']:12.4f} {x['sd']:8.4f}   {inside}")
     if picture:
         draw(found, picture)
     cells = ("direct", "paraphrase", "neighbour_drop", "near_miss")
     recall = {n: {("near_miss_false" if c == "near_miss" else c): v[f"{n}_{c}"] for c in cells} for n in ("1", "10", "100")}
     arms = {name: {k[len(name) + 1:]: x for k, x in v.items() if k.startswith(name + "_") and (name != "fine_tune" or "_to_95" not in k)}
-            for name in ("off", "in_context", "random", "deranged", "fine_tune", "fine_tune_to_95", "unwritten")}
+            for name in ("off", "in_context", "random", "deranged", "fine_tune", "fine_tune_to_95", "untrained")}
     arms["in_context"]["100"] = None                                # does not fit into the tiny model's context
     return {"recall": recall, "capacity": {k[9:]: x for k, x in v.items() if k.startswith("capacity_")}, "changed_fact": v["changed"],
             "old_fact": v["old"], "negation_false": v["negation"], "own_guess_recalled": v["own_guess"],
@@ -672,9 +696,9 @@ def card() -> dict:
     """Collect what the tiny configs left in out/ into one folder, with a card: how it came about, and its sha256."""
     folder = Path(base).parent
     (folder / "backbone").mkdir(parents=True, exist_ok=True)
-    runs = {"backbone": "tiny_phase1", "thinking": "tiny_phase2", "graft": "tiny_phase3", "unwritten": "tiny_unwritten", "ffn": "tiny_ffn"}
+    runs = {"backbone": "tiny_phase1", "thinking": "tiny_phase2", "graft": "tiny_phase3", "ffn": "tiny_ffn"}
     files = {"tiny_phase1/last/model.safetensors": "backbone/model.safetensors", "tiny_phase1/last/config.json": "backbone/config.json",
-             **{f"{runs[name]}/last/graft.safetensors": f"{name}.safetensors" for name in ("graft", "unwritten", "ffn")}}
+             **{f"{runs[name]}/last/graft.safetensors": f"{name}.safetensors" for name in ("thinking", "graft", "ffn")}}
     about = {"command": "make tiny", "files": {}}                   # the Makefile spells it out; each run's config is below
     for source, target in files.items():
         if not (Path("out") / source).exists():
@@ -718,5 +742,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         configurator.stop(str(problem))

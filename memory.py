@@ -33,7 +33,6 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import save as to_bytes
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model import Cache, CTMBlock, NanoCTM, Thought, backbone_hash, fingerprint, read_tensors, successors
@@ -49,7 +48,11 @@ def dopamine(surprise: Tensor, mean_surprise: Tensor) -> Tensor:
 
 def salience(ctm: CTMBlock, key: Tensor) -> Tensor:
     """kappa (..., S) -> (...) in [0, 1]: is this something to keep? Surprise alone cannot tell a fact from noise."""
-    return torch.sigmoid(key @ ctm.salience_weight + ctm.salience_bias)
+    return torch.sigmoid(salience_logit(ctm, key))
+
+
+def salience_logit(ctm: CTMBlock, key: Tensor) -> Tensor:
+    return key @ ctm.salience_weight + ctm.salience_bias
 
 
 def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, weight: Tensor) -> Tensor:
@@ -139,8 +142,9 @@ class SessionMemory:
         not observed before the next call brings its successor.
         """
         if self.waiting is not None:
+            waiting, self.waiting = self.waiting, None              # an interruption below must not take it in twice
             first = tokens.gather(1, (tokens >= 0).int().argmax(1, keepdim=True))
-            self._take_in(self.waiting, first, torch.full_like(first, own == 0, dtype=torch.bool))
+            self._take_in(waiting, first, torch.full_like(first, own == 0, dtype=torch.bool))
         following, at, T = successors(tokens), 0, tokens.shape[1]
         outside = (torch.arange(T, device=tokens.device) >= own - 1).expand_as(tokens)      # whether the successor is
         while at < T:
@@ -231,8 +235,9 @@ class SessionMemory:
 
 
 def about(model: NanoCTM, tokens: Tensor) -> Tensor:
-    """What a session is about: the mean of its token embeddings, tokens (n,) -> (D,)."""
-    return model.backbone.embed_tokens.weight[tokens].float().mean(0).detach()
+    """What a session is about: the mean of its token embeddings, centred on that of all words, tokens (n,) -> (D,)."""
+    embedding = model.backbone.embed_tokens.weight
+    return (embedding[tokens].float().mean(0) - embedding.float().mean(0)).detach()
 
 
 def read_session(model: NanoCTM, tokens: Tensor, chunk: int = 32, **settings) -> tuple[SessionMemory, list[Factors]]:
@@ -313,14 +318,14 @@ class OrdinaryText:
     Keys do not depend on the memory, so the text is thought about once, and judging a memory costs the head alone.
     """
 
-    def __init__(self, model: NanoCTM):
-        self.model, tokens = model, model.ctm.ordinary
+    def __init__(self, model: NanoCTM, tokens: Tensor | None = None):
+        self.model, tokens = model, model.ctm.ordinary if tokens is None else tokens
         with torch.no_grad():
             self.ticks, self.targets = model.ticks(*model.trunk(tokens)), successors(tokens)
 
-    def nats(self, weight: Tensor) -> float:
-        """Mean nats per token at the tick read, with W_m (D, S) beside W_c."""
-        plastic = weight.float().to(self.targets.device)
+    def nats(self, weight: Tensor | None) -> float:
+        """Mean nats per token at the tick read, with W_m (D, S) beside W_c, or without a memory."""
+        plastic = None if weight is None else weight.float().to(self.targets.device)
         return float(self.model.measure(self.ticks, self.targets, plastic).nats.nanmean())
 
 
@@ -338,7 +343,7 @@ class Snapshot(NamedTuple):
 
     @property
     def m(self) -> Tensor:
-        return self.alpha / self.beta.clamp(min=1e-9)
+        return self.alpha / self.beta.clamp(min=1e-9)               # 0 / 0 is 0: what never lived leans nowhere
 
 
 class Store:
@@ -357,24 +362,26 @@ class Store:
         self.folder, self.model, self.read_only, self.rule, self.max_drift = Path(folder), model, read_only, rule, max_drift
         self.base = f"{backbone_hash(model)}-{fingerprint(model.ctm)}"
         self._text, self._lock = text, None
-        found = self.folder.is_dir() and any(p.name != "lock" for p in self.folder.iterdir())
-        if found and not (self.folder / "manifest.json").is_file():
+        if self._holds_something() and not (self.folder / "manifest.json").is_file():
             raise ValueError(f"expected a memory or a new folder at {self.folder}, found other files: choose another --memory_dir")
-        if read_only and not found:
+        if read_only and not self._holds_something():
             raise ValueError(f"expected a memory at {self.folder}, found none: tell it something with --memory on first")
         if not read_only:
             self._take_lock()
         try:
-            if not read_only and not found:
+            if not read_only and not self._holds_something():       # asked again, now that nobody else can write
                 self._replace_manifest([])
             self.entries = self._read_manifest()
-            if not read_only:
-                self._remove_orphans()
             self.factors = [self._load(e) for e in self.entries]
             self._plastic = self._written(self.factors)
+            if not read_only:                                       # only once all that is named was found whole
+                self._remove_orphans()
         except BaseException:
             self.close()
             raise
+
+    def _holds_something(self) -> bool:
+        return self.folder.is_dir() and any(p.name not in ("lock", "manifest.json.new") for p in self.folder.iterdir())
 
     def __enter__(self) -> "Store":
         return self
@@ -468,7 +475,7 @@ class Store:
             tensors |= {f"{i}.factors.{k}": v for k, v in factors._asdict().items()}
             tensors |= {f"{i}.snapshot.{k}": v for k, v in self._read_snapshot(entry)._asdict().items()}
         about = {"format": str(FORMAT), "base": self.base, "sessions": json.dumps(self.entries)}
-        save_file(tensors, file, about)
+        _write_durably(Path(file), to_bytes({k: v.contiguous() for k, v in tensors.items()}, about))
         return len(self.entries)
 
     def import_from(self, file: str | Path) -> int:
@@ -480,12 +487,16 @@ class Store:
         if about.get("base") != self.base:
             raise ValueError(f"{file}: expected a memory of these weights ({self.base}), found one of {about.get('base')}: keys of "
                              f"another model mean nothing here")
-        new, present = [], {e["sha256"] for e in self.entries}
-        for i, entry in enumerate(json.loads(about["sessions"])):
+        try:
+            entries = [_checked_entry(e) for e in json.loads(about["sessions"])]
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{file}: expected the list of its sessions, found a damaged one ({type(e).__name__}): export it again") from None
+        new, present = [], {(e["sha256"], e["snapshot_sha256"]) for e in self.entries}
+        for i, entry in enumerate(entries):
             parts = {kind: {k.split(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.{kind}.")} for kind in ("factors", "snapshot")}
             factors, snapshot = self._checked(parts["factors"], parts["snapshot"], f"{file}, session {i}")
-            if hashlib.sha256(to_bytes(factors._asdict())).hexdigest() not in present:
-                fresh = {k: entry[k] for k in ("told_at", "tokens", "text_nats") if k in entry}
+            if tuple(hashlib.sha256(b).hexdigest() for b in _blobs(factors, snapshot)) not in present:
+                fresh = {k: entry[k] for k in ("told_at", "tokens", "text_nats")}
                 new.append(({"id": "", **fresh, "factors": len(factors.keys)}, factors, snapshot))
         plastic = self._plastic
         for _, factors, _ in new:
@@ -512,7 +523,7 @@ class Store:
             raise ValueError("expected a store open for writing, found --memory=read-only: use --memory=on to keep this")
         entries = list(self.entries)
         for entry, factors, snapshot in sessions:
-            blobs = {"sessions": to_bytes(factors._asdict()), "snapshots": to_bytes({k: v.contiguous() for k, v in snapshot._asdict().items()})}
+            blobs = dict(zip(("sessions", "snapshots"), _blobs(factors, snapshot)))
             entry["sha256"], entry["snapshot_sha256"] = (hashlib.sha256(b).hexdigest() for b in blobs.values())
             name = hashlib.sha256(blobs["sessions"] + blobs["snapshots"]).hexdigest()[:12]
             taken = {e["id"] for e in entries}
@@ -537,10 +548,8 @@ class Store:
         path = self.folder / "manifest.json"
         try:
             manifest = json.loads(path.read_text())
-            known, base, entries = manifest["format"], manifest["base"], manifest["sessions"]
-            assert isinstance(known, int) and all(isinstance(e[k], str) for e in entries for k in ("id", "sha256", "snapshot_sha256"))
-            assert all(Path(e["id"]).name == e["id"] for e in entries)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as e:
+            known, base, entries = int(manifest["format"]), str(manifest["base"]), [_checked_entry(e) for e in manifest["sessions"]]
+        except (KeyError, TypeError, ValueError, OSError) as e:     # ValueError: JSON and UTF-8 as well
             raise ValueError(f"{path}: expected a whole manifest, found a damaged one ({type(e).__name__}): restore it from a copy") from None
         if known != FORMAT:
             raise ValueError(f"{path}: expected format {FORMAT}, found {known}: update nanoCTM, or export the memory with the version that made it")
@@ -591,6 +600,7 @@ class Store:
     def _take_lock(self) -> None:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.chmod(0o700)
             self._lock = open(self.folder / "lock", "a+")
         except OSError as e:
             raise ValueError(f"expected a folder to write to at {self.folder}, found {e.strerror}: choose another --memory_dir, or --memory=read-only") from None
@@ -605,6 +615,21 @@ class Store:
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
+
+
+def _checked_entry(entry: dict) -> dict:
+    """A session's line in the manifest, as it should be. KeyError, TypeError or ValueError otherwise."""
+    right = (all(isinstance(entry[k], str) for k in ("id", "sha256", "snapshot_sha256")) and Path(entry["id"]).name == entry["id"]
+             and all(isinstance(entry[k], (int, float)) for k in ("told_at", "tokens", "factors"))
+             and len(entry["text_nats"]) == 2 and all(isinstance(x, (int, float)) for x in entry["text_nats"]))
+    if not right:
+        raise ValueError("a session's entry is not as it was written")
+    return entry
+
+
+def _blobs(factors: Factors, snapshot: Snapshot) -> tuple[bytes, bytes]:
+    """A session's two files."""
+    return tuple(to_bytes({k: v.contiguous() for k, v in part._asdict().items()}) for part in (factors, snapshot))
 
 
 def _write_durably(path: Path, blob: bytes) -> None:

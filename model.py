@@ -592,15 +592,16 @@ class NanoCTM(nn.Module):
         return torch.cat(certainty).view(hidden.shape[:-1]), torch.cat(nats).view(hidden.shape[:-1])
 
     def measure(self, t: Ticks, targets: Tensor, plastic: Tensor | None = None, halt: float | None = None) -> Thought:
-        """Ask every tick how certain it is, and read. targets (B, T), -1 unknown; plastic (D, S): W_m beside c_proj.
+        """Ask every tick how certain it is, and read. targets (B, T), -1 unknown; plastic (D, S), or (B, D, S)
+        with one for each row: W_m beside c_proj.
 
         Where thinking halts is decided without the memory, so that no sum and no key depends on what is stored.
         """
         alone = self._read(t, t.h[:, :, None] + t.out, targets, halt, None)
         if plastic is None or self.ctm is None:
             return alone
-        aid = F.linear(t.keys, plastic / math.sqrt(self.ctm.config.sync)).to(t.out.dtype)
-        aided = self._read(t, t.h[:, :, None] + (t.out + aid), targets, None, alone.certainty < 0)
+        aid = t.keys @ (plastic if plastic.dim() == 2 else plastic[:, None]).mT / math.sqrt(self.ctm.config.sync)
+        aided = self._read(t, t.h[:, :, None] + (t.out + aid.to(t.out.dtype)), targets, None, alone.certainty < 0)
         aided.alone = alone
         return aided
 
@@ -621,7 +622,7 @@ class NanoCTM(nn.Module):
                 m: Tensor | None = None, where: Tensor | None = None) -> Thought:
         """Read (B, T) tokens (padding < 0), after those in `cache`, and think about each. See Thought and DESIGN §2.
 
-        plastic (D, S): a memory W_m written beside c_proj. halt in (0, 1): stop at the first tick at least that certain.
+        plastic (D, S) or (B, D, S): a memory W_m written beside c_proj. halt in (0, 1): stop at the first tick at least that certain.
         m (B, 2, S): session sync to start from. where (B, n): only these positions think, and T below is n. Everything
         is per row; tokens are int64.
         """
@@ -780,7 +781,7 @@ def _download(name: str) -> Path:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """-> tensors by name, metadata. One line on a missing or damaged file."""
     if not path.is_file():
-        raise ValueError(f"expected weights at {path}, found none: train them first (see README), or check the path")
+        raise ValueError(f"expected weights at {path}, found none: check the path, or train them first (see README)")
     try:
         with safe_open(path, "pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}

@@ -33,7 +33,7 @@ show = ""                   # "ticks": a line per token with the tick it was rea
 memory = "off"              # "on": remember this session; "read-only": answer from what is remembered; "off"
 memory_dir = "memory"       # the store
 max_drift = 0.5             # nats that a session may cost ordinary text at most, or it is not written
-warm = True                 # begin like the nearest remembered session was thinking, if one is near
+warm = False                # begin like the nearest remembered session was thinking; then what is written depends on what was
 sessions = False            # list what is remembered, and stop
 show_session = ""           # a session's id: what it told the weights, token by token, and stop
 forget = ""                 # a session's id, or "all": forget it, and stop
@@ -106,7 +106,7 @@ def converse(speaker: Speaker) -> None:
             if not sys.stdin.isatty() or start:
                 print("user:", line.strip())
             if line.startswith("/") and speaker.store:
-                command(speaker.store, *line.split(maxsplit=2)[:2])
+                command(speaker.store, *line.strip().split(maxsplit=1))
                 continue
             turn = words.encode(data.user_turn(line.strip()))
             if speaker.session and not speaker.heard and warm:
@@ -117,6 +117,9 @@ def converse(speaker: Speaker) -> None:
             left_over = ([last] if last == words.im_end else [last, words.im_end]) + words.encode("\n")
     except KeyboardInterrupt:
         print()
+    except (OSError, UnicodeDecodeError):                           # the other end went away: what was said still counts
+        speaker.remember()
+        raise
     speaker.remember()
 
 
@@ -170,7 +173,7 @@ def show_one(store: Store, which: str) -> None:
 
 def look_after(model: NanoCTM) -> None:
     """--list and its siblings: one action on the store, then stop."""
-    with Store(memory_dir, model, read_only=not (forget or import_from), max_drift=max_drift) as store:
+    with Store(memory_dir, model, memory == "read-only" or not (forget and Path(memory_dir).exists() or import_from), max_drift=max_drift) as store:
         if forget:
             print(f"forgot {store.forget(forget)} session(s), {len(store.entries)} remain")
         if import_from:
@@ -194,6 +197,8 @@ def main() -> None:
     housekeeping = sessions or show_session or forget or export_to or import_from
     if not start and not chat and memory == "off" and not housekeeping:
         raise ValueError('expected something to say, found nothing: --start="some text", --chat, or --memory on')
+    if device not in ("", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"expected device cpu, or cuda where there is one, found {device!r}: leave it empty to choose by itself")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     words = data.Tokenizer(tokenizer)
     model = (load_graft(base, Path(graft)) if graft else load_backbone(base)).to(where).eval().requires_grad_(False)

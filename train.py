@@ -2,12 +2,14 @@
 
     python train.py config/tiny_phase1.py                  # the small backbone learns language, from nothing
     python train.py config/tiny_phase2.py                  # the CTM block learns to think in its last layer
+    python train.py config/tiny_phase3.py                  # and to be written to
     python train.py config/phase2.py --dry_run=True        # what a run will need, without any weights
     torchrun --nproc_per_node=2 train.py config/...        # data-parallel; on CPUs one thread per process is fastest
 
 Phase 1: cross-entropy. Phase 2: the block first imitates the FFN that it replaces (regression on its output, no head
-needed), then learns by the tick loss. Both read the same mixture of text and fact sessions. A run resumes exactly:
-batches are a function of (seed, step), so the step is the data position. Checkpoints: out_dir/last and out_dir/best.
+needed), then learns by the tick loss. Phase 3: it reads with a carried state and learns to be written to: told in one
+session, solved into a memory with gradients, asked in another. All read the same mixture. A run resumes exactly: batches
+are a function of (seed, step), so the step is the data position. Checkpoints: out_dir/last and out_dir/best.
 Left out on purpose: anything that changes K or the architecture in the middle of a run.
 """
 import json
@@ -29,7 +31,7 @@ from safetensors.torch import save_file
 
 import configurator
 import data
-from memory import Lived, Plastic, SessionMemory, compact_memory, dopamine, engrams, read_session, salience
+from memory import Lived, Plastic, SessionMemory, compact_memory, dopamine, engrams, read_session, salience, salience_logit
 from model import (HEAD_ENTRIES, BackboneConfig, NanoCTM, Thought, ThoughtConfig, Ticks, at_tick, block_module, fingerprint,
                    flops_per_token, load_backbone, load_graft, read_tensors, replies, save_backbone, save_graft, successors, take)
 
@@ -150,7 +152,7 @@ def build_model() -> NanoCTM:
         model.backbone.initialise()
         return model
     if not base:
-        raise ValueError("phase 2 expected base, found none: run `python train.py config/tiny_phase1.py` first, then set "
+        raise ValueError(f"phase {phase} expected base, found none: run `python train.py config/tiny_phase1.py` first, then set "
                          "--base=out/tiny_phase1/last, or --base=Qwen/Qwen3-0.6B")
     if phase == 3 and not graft:
         raise ValueError("phase 3 expected graft, found none: run `python train.py config/tiny_phase2.py` first, then set "
@@ -318,7 +320,7 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
     asked_keys, rivals = alone.key[row, place(where, e.asked)[row, at]] / root, torch.cat([told_keys / root, others[0]])
     agreement = asked_keys @ rivals.T                               # (questions, facts and the crowd's) cosines
     contrast = F.cross_entropy(contrast_scale * agreement, fact)
-    worth = F.binary_cross_entropy(salient, news[known])            # values are asked for later, nothing else is
+    worth = F.binary_cross_entropy_with_logits(salience_logit(model.ctm, lived.key[known]).float(), news[known])       # values are asked for later
     loss = answers + contrast_weight * contrast + locality_weight * local + salience_weight * worth
     due = thought.nats[row, place(where, e.asked)[row, at]].mean().item()
     return loss, {"value_nats": due, "contrast": contrast.item(), "local": local.item(),

@@ -1,7 +1,6 @@
 """The tiny block learns to be written to: told in one session, asked in another, through the write itself.
 
     torchrun --nproc_per_node=2 train.py config/tiny_phase3.py
-    torchrun --nproc_per_node=2 train.py config/tiny_phase3.py --through_write=False --out_dir=out/tiny_unwritten     # the control
 """
 phase = 3
 base = "out/tiny_phase1/last"

@@ -3,12 +3,11 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from conftest import randomised, some_tokens
 from memory import (Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, compact_memory, norm_ratio, output_change,
@@ -250,6 +249,26 @@ def test_files_that_no_manifest_names_are_removed_on_open(small, tmp_path):
     assert len(everything(tmp_path)) == len(before) + 3             # a reader touches nothing
     Store(tmp_path, small).close()
     assert everything(tmp_path) == before
+
+
+def test_a_store_that_died_before_its_first_manifest_opens_again(small, tmp_path):
+    (tmp_path / "lock").write_text("1")
+    (tmp_path / "manifest.json.new").write_bytes(b"half")
+    with Store(tmp_path, small) as store:
+        assert store.entries == [] and store.plastic() is None
+    assert list(everything(tmp_path)) == ["manifest.json"]
+
+
+@pytest.mark.parametrize("sessions", ["[{}]", "[1]", "5", "{", '[{"id": "../x", "sha256": "", "snapshot_sha256": "", "told_at": 0, '
+                                      '"tokens": 1, "factors": 1, "text_nats": [1, 2]}]'])
+def test_an_import_that_lies_about_its_sessions_is_refused(small, tmp_path, sessions):
+    with Store(tmp_path / "a", small, max_drift=math.inf) as store:
+        commit(store, 1)
+        before = everything(tmp_path / "a")
+        save_file({"x": torch.zeros(1)}, tmp_path / "bad.safetensors", {"format": "1", "base": store.base, "sessions": sessions})
+        with pytest.raises(ValueError, match="expected the list of its sessions"):
+            store.import_from(tmp_path / "bad.safetensors")
+        assert everything(tmp_path / "a") == before
 
 
 @pytest.mark.parametrize("kind", ["sessions", "snapshots", "manifest.json"])

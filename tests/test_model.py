@@ -193,6 +193,13 @@ def test_keys_do_not_depend_on_what_is_read_out(model):
     assert torch.allclose(model(tokens).hidden, b.hidden, atol=1e-5)
 
 
+def test_a_memory_for_each_row_is_that_rows_memory(model):
+    tokens, W = some_tokens(model, 3, 9), torch.randn(3, *model.ctm.c_proj.weight.shape)
+    together = model(tokens, plastic=W).hidden
+    for row in range(3):
+        assert torch.allclose(together[row], model(tokens[row:row + 1], plastic=W[row]).hidden[0], atol=1e-5)
+
+
 def test_keys_have_unit_root_mean_square(model):
     keys = model(some_tokens(model, 1, 12)).keys
     assert torch.allclose(keys.pow(2).mean(-1), torch.ones(keys.shape[:-1]), atol=1e-2)
