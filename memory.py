@@ -253,7 +253,7 @@ def read_session(model: NanoCTM, tokens: Tensor, chunk: int = 32, **settings) ->
 @dataclass(frozen=True)
 class WriteRule:
     """How compact_memory writes; the defaults are what `python bench.py memory` measures."""
-    n0: float = 0.05            # protection of ordinary text: as many keys as this weigh on P
+    n0: float = 10.0            # protection of ordinary text: as many keys as this weigh on P
     ridge: float = 0.001        # lambda
     fade: float = 1.0           # mu: how much of the protection of past keys is left a session later
     cap: float = math.inf       # homeostasis: output power on ordinary text, W_m's over W_c's, at most
