@@ -450,8 +450,9 @@ def recall_from_weights(model: NanoCTM, words: data.Tokenizer, n_facts: int, per
     plastic = Plastic.blank(model.ctm)
     for factors in read_session(model, tokens, chunk)[1]:
         plastic = compact_memory(model.ctm, plastic, factors)
-    said = replies(model, words, [data.user_turn(world.ask(f, held_out=True)) for f in facts], plastic=plastic.weight.float().to(tokens.device))
-    return sum(map(data.is_recalled, said, facts)) / n_facts
+    asked = world.rng.sample(facts, min(n_facts, eval_questions))
+    said = replies(model, words, [data.user_turn(world.ask(f, held_out=True)) for f in asked], plastic=plastic.weight.float().to(tokens.device))
+    return sum(map(data.is_recalled, said, asked)) / len(asked)
 
 
 # -----------------------------------------------------------------------------

@@ -43,3 +43,17 @@ def test_quality_prints_every_figure_as_its_last_line():
               "frozen", "seeds", "commit", "hardware"}
     assert wanted <= found.keys() and len(found["nats_by_tick"]) == 8 and found["key_cosine_at_init"] < 0.5
     assert found["ffn_deleted_nats"] > found["graft_nats"] > 0 and found["ffn_deleted_nats"] > found["thinking_nats"]
+
+
+def test_a_random_write_and_deranged_facts_recall_nothing_where_the_write_recalls():
+    """Invariant 10, on the shipped weights: 20 held-out people, chance is below one in ten."""
+    mind, world = bench.Mind(), bench.data.FactWorld(11, "held_out")
+    facts = world.population(20)
+    def told(these: list) -> list:
+        return mind.factors([bench.session_text(world, part) for part in bench.batches(these, 10)])
+    written = mind.write(told(facts))
+    noise = torch.randn(written.weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    random = bench.Plastic(noise * written.weight.norm() / noise.norm(), torch.zeros(0))
+    lies = mind.write(told(bench.deranged(world, facts)))
+    assert mind.recall(world, facts, written) >= 0.6
+    assert max(mind.recall(world, facts, other) for other in (None, random, lies)) <= 0.1

@@ -38,8 +38,8 @@ def lived(session: SessionMemory) -> tuple:
     return session.alpha, session.beta, session.m, *(torch.cat(column) for column in zip(*factors))
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 8])
-@pytest.mark.parametrize("cuts", [[24], [1] * 24, [7, 17], [16, 8], [9, 1, 14]])
+@pytest.mark.parametrize("chunk", [1, 8])
+@pytest.mark.parametrize("cuts", [[1] * 24, [16, 8], [9, 1, 14]])
 def test_a_session_read_in_any_pieces_is_the_same_session(model, chunk, cuts):
     tokens = some_tokens(model, 2, 24)
     model.ctm.log_half_life.copy_(torch.rand_like(model.ctm.log_half_life) * 2 + 1)
@@ -50,9 +50,10 @@ def test_a_session_read_in_any_pieces_is_the_same_session(model, chunk, cuts):
         for piece in tokens.split(pieces, 1):
             cache = session.read(piece, cache, plastic).cache
         return lived(session)
-    for whole, pieced in zip(read([24]), read(cuts)):
+    at_once = read([24])
+    for whole, pieced in zip(at_once, read(cuts)):
         assert whole.shape == pieced.shape and (whole.float() - pieced.float()).abs().max() < 1e-4
-    assert len(read([24])[3]) > 4
+    assert len(at_once[3]) > 4
 
 
 @pytest.mark.parametrize("cuts", [[1] * 70, [33, 37], [8, 62]])
