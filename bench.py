@@ -2,7 +2,7 @@
 
     python bench.py quality             # the tiny weights, about a minute
     python bench.py quality --full      # and the question "depth or thinking time?", trained on the spot (an hour)
-    python bench.py memory              # recall from weights after a restart, against other ways, in a few minutes
+    python bench.py memory              # recall from weights after a restart, against other ways, ten minutes
     python bench.py card                # after `make tiny`: copy what was trained into weights/, with its card
 
 A table for people, and as the last line of standard output one JSON object with every figure, its seeds, the commit,
