@@ -747,6 +747,13 @@ def replies(model: NanoCTM, tokenizer, prompts: list[str], max_new_tokens: int =
 # -----------------------------------------------------------------------------
 # loading and saving
 
+def choose_device(name: str) -> str:
+    """"cpu" or "cuda", the latter by itself where there is one. ValueError in one line for anything else."""
+    if name not in ("", "cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"expected device cpu, or cuda where there is one, found {name!r}: leave it empty to choose by itself")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_backbone(name: str, **settings) -> NanoCTM:
     """A Hugging Face Qwen3 folder or hub name -> NanoCTM around it (settings as NanoCTM's; block "ffn" by default).
 

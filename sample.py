@@ -19,7 +19,7 @@ import torch
 import configurator
 import data
 from memory import SessionMemory, Store, about, norm_ratio, output_change
-from model import Cache, NanoCTM, generate, load_backbone, load_graft
+from model import Cache, NanoCTM, choose_device, generate, load_backbone, load_graft
 
 # -----------------------------------------------------------------------------
 # settings
@@ -30,7 +30,7 @@ tokenizer = "weights"       # a folder with ranks.json, or a Hugging Face name
 start = ""                  # the text to continue, or in a chat the first thing you say
 chat = False                # a conversation; without --start it reads lines from standard input
 show = ""                   # "ticks": a line per token with the tick it was read at and how sure the model was
-memory = "off"              # "on": remember this session; "read-only": answer from what is remembered; "off"
+memory = "off"              # on remembers this session, read-only answers from what is remembered, off does neither
 memory_dir = "memory"       # the store
 max_drift = 0.5             # nats that a session may cost ordinary text at most, or it is not written
 warm = False                # begin like the nearest remembered session was thinking; then what is written depends on what was
@@ -197,9 +197,7 @@ def main() -> None:
     housekeeping = sessions or show_session or forget or export_to or import_from
     if not start and not chat and memory == "off" and not housekeeping:
         raise ValueError('expected something to say, found nothing: --start="some text", --chat, or --memory on')
-    if device not in ("", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"expected device cpu, or cuda where there is one, found {device!r}: leave it empty to choose by itself")
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = choose_device(device)
     words = data.Tokenizer(tokenizer)
     model = (load_graft(base, Path(graft)) if graft else load_backbone(base)).to(where).eval().requires_grad_(False)
     if words.n_vocab > model.backbone.config.vocab_size:

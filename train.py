@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 import configurator
 import data
 from memory import Lived, Plastic, SessionMemory, compact_memory, dopamine, engrams, read_session, salience, salience_logit
-from model import (HEAD_ENTRIES, BackboneConfig, NanoCTM, Thought, ThoughtConfig, Ticks, at_tick, block_module, fingerprint,
+from model import (HEAD_ENTRIES, BackboneConfig, NanoCTM, Thought, ThoughtConfig, Ticks, at_tick, block_module, choose_device, fingerprint,
                    flops_per_token, load_backbone, load_graft, read_tensors, replies, save_backbone, save_graft, successors, take)
 
 # -----------------------------------------------------------------------------
@@ -570,8 +570,6 @@ def check_settings() -> None:
         raise ValueError(f"expected other_tick 'any' or 'best', found {other_tick!r}: choose one of the two")
     if write_rule not in ("sum", "solved"):
         raise ValueError(f"expected write_rule 'sum' or 'solved', found {write_rule!r}: choose one of the two")
-    if device not in ("", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"expected device cpu, or cuda where there is one, found {device!r}: leave it empty to choose by itself")
     for name in ("B", "T", "accumulation", "ticks", "history", "log_interval", "eval_interval", "eval_rows", "eval_questions"):
         if globals()[name] < 1:
             raise ValueError(f"expected {name} of at least 1, found {globals()[name]}: raise it")
@@ -582,7 +580,7 @@ def main() -> None:
     if dry_run:
         return report_needs()
     check_settings()
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = choose_device(device)
     rank, world = start_processes(where)
     if where == "cpu":
         torch.set_num_threads(1)                                    # more only pay on far larger models than the tiny one
