@@ -386,7 +386,7 @@ def answer() -> dict:
     mind, asked, known = Mind(), json.loads((Path(folder) / "questions.json").read_text()), []
     for i in range(len(asked)):
         with Store(Path(folder) / str(i), mind.model, read_only=True) as store:
-            known.append(Plastic(store.plastic(), torch.zeros(0)))
+            known.append(Plastic(store.plastic()))
     said = iter(mind.ask(sum(asked, []), [p for p, questions in zip(known, asked) for _ in questions]))
     (Path(folder) / "answers.json").write_text(json.dumps([[next(said) for _ in questions] for questions in asked]))
     return {"stores": len(known), "text_sha256": ""}
@@ -476,7 +476,7 @@ def arm_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact], left:
     for n, factors in ((1, singles[:1]), (10, left[:1]), (100, left)):
         weight = mind.write(factors).weight
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-        noise = Plastic(noise * weight.norm() / noise.norm(), torch.zeros(0))
+        noise = Plastic(noise * weight.norm() / noise.norm())
         found[f"random_{n}"] = mind.recall(world, facts, noise)
         found[f"random_{n}_text_nats"] = nats(noise)
     lies = deranged(world, facts)
@@ -519,7 +519,7 @@ class FineTuning:
         self.passes += 1
 
     def plastic(self) -> Plastic:
-        return Plastic(self.weight.detach().clone(), torch.zeros(0))
+        return Plastic(self.weight.detach().clone())
 
     def flops(self) -> int:
         """Each pass reads the sessions and goes back through the head alone: what lies below does not learn."""
@@ -559,10 +559,10 @@ def fine_tune_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact],
 
 
 def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
-    """Reading the sessions once; then per factor 2 S^2 for P k, 2 S^2 for P, 4 S D for W, and 2 S^3 per session for P's inverse."""
+    """Reading the sessions once; then per factor 2 S^2 for P k, 2 S^2 for P, 4 S D for W, and 2 S^3 once for the first P."""
     D, S = mind.ctm.c_proj.weight.shape
     f = flops_per_token(mind.model.backbone.config, mind.ctm.config, T)
-    return tokens * (f["trunk"] + f["block"] + f["head"]) + sum(len(f.keys) * (4 * S * S + 4 * S * D) + 2 * S ** 3 for f in factors)
+    return tokens * (f["trunk"] + f["block"] + f["head"]) + sum(len(f.keys) * (4 * S * S + 4 * S * D) for f in factors) + 2 * S ** 3
 
 
 # -- ordinary text, the carry, the warm start, the price
@@ -598,14 +598,15 @@ def carry_figures(mind: Mind, tokens: Tensor, seen: int = 32) -> dict:
 
 
 def write_cost(mind: Mind, texts: list[str]) -> float:
-    """CPU seconds of reading and writing sessions over those of reading them."""
+    """CPU seconds of reading and writing sessions, one after the other into one memory, over those of reading them."""
     ids = [torch.tensor([mind.words.encode(t)]) for t in texts]
     def read(threshold: float | None) -> None:
+        plastic = Plastic.blank(mind.ctm)
         for tokens in ids:
             session = SessionMemory(mind.model, 1, threshold=1.1 if threshold is None else threshold)
             session.read(tokens, Cache())
             if threshold is not None:
-                compact_memory(mind.ctm, Plastic.blank(mind.ctm), session.close()[0])
+                plastic = compact_memory(mind.ctm, plastic, session.close()[0])
     with torch.no_grad():
         return cpu_seconds(lambda: read(0.5)) / cpu_seconds(lambda: read(None))
 

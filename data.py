@@ -259,6 +259,7 @@ def _names() -> dict[str, list[str]]:
 NAMES = _names()
 VALUES = {split: {r: rel.values[:-10] if split == "train" else rel.values[-10:] for r, rel in RELATIONS.items()}
           for split in ("train", "held_out")}
+HELD_OUT_VALUES = {v for values in VALUES["held_out"].values() for v in values}
 
 
 class FactWorld:
@@ -271,12 +272,13 @@ class FactWorld:
     def __init__(self, seed: int, split: str = "train", lexicon: list[str] | None = None):
         self.rng, self.names, self.values, self.lexicon = random.Random(seed), NAMES[split], VALUES[split], lexicon
         self.variety = 1.0                                          # share of statements not worded like answers
+        self.spliced = 0.0                                          # share of the lexicon's values that are made of two words
 
-    def facts(self, n: int) -> list[Fact]:
+    def facts(self, n: int, names: list[str] | None = None) -> list[Fact]:
         """`n` facts with distinct (name, relation): few relations over many people, so relations collide."""
         relations = self.rng.sample(sorted(RELATIONS), self.rng.randint(1, max(1, min(n // 2, len(RELATIONS)))))
         n_people = self.rng.randint(-(-n // len(relations)), n)
-        people = self.rng.sample(self.names, n_people)
+        people = self.rng.sample(names or self.names, n_people)
         slots = [(p, r) for p in people for r in relations]
         return [Fact(p, r, self._value(r)) for p, r in self.rng.sample(slots, n)]
 
@@ -286,6 +288,14 @@ class FactWorld:
         if n > len(slots):
             raise ValueError(f"expected at most {len(slots)} facts about these people, found {n}: ask for fewer")
         return [Fact(name, r, self._value(r)) for name, r in self.rng.sample(slots, n)]
+
+    def namesakes(self, n: int) -> list[str]:
+        """At least `n` people, of as few first syllables as that takes: neighbours who are easily mistaken."""
+        found = []
+        for onset in self.rng.sample(ONSETS, len(ONSETS)):
+            if len(found) < n:
+                found += [name for name in self.names if name.startswith(onset) and name not in found]
+        return found
 
     def another_value(self, fact: Fact) -> Fact:
         """The same person's relation, otherwise."""
@@ -304,6 +314,10 @@ class FactWorld:
         With closed sets alone a small model learns the set, and never says a value that it has not answered before.
         """
         chance = self.rng.random() if self.lexicon else 1.0
+        if chance < 0.35 and self.spliced and self.rng.random() < self.spliced:
+            first, last = self.rng.sample(self.lexicon, 2)
+            word = first[:len(first) // 2 + 1] + last[len(last) // 2:]
+            return first if word in HELD_OUT_VALUES else word
         if chance < 0.35:
             return self.rng.choice(self.lexicon)
         if chance < 0.45:
@@ -564,24 +578,30 @@ class Mixture:
     def episodes(self, n_facts: int, *key: int) -> "Episodes":
         """About `n_facts` told in sessions of one size, at most 6 a session asked in a fresh context.
 
-        A third of the sessions that ask also ask about somebody whom no row told of, under a name that is nearly told.
+        Every other time all names begin alike. Sessions that ask also ask about one or two people whom no row told of,
+        under names that are nearly told. Values are often spelled from several pieces, as held-out ones are.
         """
         rng = random.Random(f"{self.seed}/{self.split}/episodes/{key}")
         world = FactWorld(rng.getrandbits(64), self.split, self.lexicon)
         world.variety = min(1.0, max(0.0, key[0] / self.curriculum - 1)) if self.curriculum else 1.0
+        world.spliced = 0.5
         size = rng.choice(EPISODE_SIZES)
         rows = min(48, max(1, n_facts // size))
-        facts, told, asked, told_at, asked_at = world.facts(size * rows), [], [], [], []
+        names = world.namesakes(size * rows) if rng.random() < 0.5 else None
+        facts, told, asked, told_at, asked_at = world.facts(size * rows, names), [], [], [], []
         index, people = {f: i for i, f in enumerate(facts)}, {f.name for f in facts}
         for row in range(rows):
             own = facts[row * size:(row + 1) * size]
-            ids, weights, values = self._marked([p._replace(weight=float(p.fact is not None)) for p in world.told(own)])
+            pieces = world.told(own)                                # news: a value, and that it ends
+            of_value = [p.fact is not None for p in pieces]
+            ids, weights, values = self._marked([p._replace(weight=float(v or ended)) for p, v, ended in
+                                                 zip(pieces, of_value, [False, *of_value])])
             told.append((ids, weights))
             told_at += [(row, values[f]) for f in own]
             questions = rng.sample(own, min(size, 6))
-            strangers = [world.near_miss(f, people) for f in questions[:1] if rng.random() < 1 / 3]
-            order = rng.sample(questions + strangers, len(questions + strangers))
-            ids, weights, values = self._marked(world.asked(order))
+            strangers = [world.near_miss(f, people) for f in questions[:2] if rng.random() < 2 / 3]
+            pieces = world.asked(rng.sample(questions + strangers, len(questions + strangers)))
+            ids, weights, values = self._marked([p._replace(weight=0.0) if p.fact in strangers else p for p in pieces])
             for f in strangers:                                     # nothing was told: nothing is learned, all stays as it is
                 weights[values[f]] = -1.0
             asked.append((ids, weights))
@@ -607,7 +627,7 @@ class Mixture:
 class Episodes(NamedTuple):
     """Told in one session, asked in another: rows side by side, and who is who across them."""
     told: np.ndarray            # (rows, T_a) int64, padded with -1
-    news: np.ndarray            # (rows, T_a) float32, 1 where the next token belongs to a value
+    news: np.ndarray            # (rows, T_a) float32, 1 where the next token belongs to a value or ends it
     asked: np.ndarray           # (rows, T_b)
     weight: np.ndarray          # (rows, T_b) of predicting each token's successor; -1: the memory should stay silent here
     told_at: np.ndarray         # (facts, 2) row and position at which a fact's value is due, where it was told
@@ -623,8 +643,7 @@ def padded(rows: list[list], fill: float, dtype: type = np.int64) -> np.ndarray:
 
 def lexicon(text: str) -> list[str]:
     """The plain words of a text, in a fixed order, but for the values that are held out."""
-    held_out = {v for values in VALUES["held_out"].values() for v in values}
-    return sorted(set(re.findall(r"(?<= )[a-z]{3,10}(?= )", text)) - held_out)
+    return sorted(set(re.findall(r"(?<= )[a-z]{3,10}(?= )", text)) - HELD_OUT_VALUES)
 
 
 SESSION_SIZES = (1, 2, 3, 4, 6, 8)      # facts per session
@@ -640,9 +659,8 @@ def train_tiny_tokenizer(n_vocab: int, folder: Path) -> Tokenizer:
     """
     train, _ = split_documents(tiny_documents())
     world = FactWorld(seed=0)
-    held_out = {v for values in VALUES["held_out"].values() for v in values}
     said = (world.small_talk() for _ in range(40_000))
-    talk = " ".join(s for s in said if not held_out & set(re.findall(r"\w+", s)))
+    talk = " ".join(s for s in said if not HELD_OUT_VALUES & set(re.findall(r"\w+", s)))
     told = " ".join(world.tell(f._replace(value="it")) + " " + world.ask(f) for _ in range(2_000) for f in world.facts(4))
     roles = "\n".join(user_turn("") for _ in range(300)).replace("<|im_start|>", "").replace("<|im_end|>", "")
     return train_tokenizer("\n".join([*train, talk, told, roles]), n_vocab, folder)

@@ -264,35 +264,45 @@ class WriteRule:
 
 @dataclass(frozen=True)
 class Plastic:
-    """A written memory: W_m, and how much of the key space is taken. Both fp64, on the CPU."""
+    """A written memory: W_m, and what is still free of the key space. Both fp64, on the CPU."""
     weight: Tensor              # (D, S)
-    taken: Tensor               # (S, S) sum of past k k', faded
+    free: Tensor | None = None  # P (S, S); None before the first write
 
     @classmethod
     def blank(cls, ctm: CTMBlock) -> "Plastic":
-        D, S = ctm.c_proj.weight.shape
-        return cls(torch.zeros(D, S, dtype=torch.float64), torch.zeros(S, S, dtype=torch.float64))
+        return cls(torch.zeros(ctm.c_proj.weight.shape, dtype=torch.float64))
 
 
 def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors, rule: WriteRule = WriteRule()) -> Plastic:
-    """Write one session into W_m, token by token in the order lived; -> a new Plastic, the old one stays as it was.
+    """Write one session into W_m, as if token by token in the order lived; -> a new Plastic, the old one stays as it was.
 
+    Sherman-Morrison, one key after another, is the factorisation I + K P K' = L diag(1 + gain) L' (L unit lower triangular):
+    row i of L^-1 K P is P_i k_i, with P as it stood when token i was written, and the delta rule is one triangular solve more.
     ValueError, and nothing written, when anything is not finite.
     """
-    S = ctm.config.sync
-    sigma, weight, taken = ctm.key_moment.double().cpu(), plastic.weight.clone(), rule.fade * plastic.taken
-    P = torch.linalg.inv(rule.n0 * sigma + rule.ridge * torch.eye(S, dtype=torch.float64) + taken)
-    keys, values = factors.keys.double().cpu(), factors.values.double().cpu()
-    for k, v in zip(keys, values):
-        Pk = P @ k
-        gain = k @ Pk
-        along = Pk / gain if rule.project else k
-        weight += torch.outer(v - weight @ k if rule.delta else v, along)
-        P -= torch.outer(Pk, Pk) / (1 + gain)                       # Sherman-Morrison: k is protected from now on
-    weight *= homeostasis(ctm, weight, sigma, rule)
-    if not torch.isfinite(weight).all():
+    keys, values, weight = factors.keys.double().cpu(), factors.values.double().cpu(), plastic.weight
+    sigma, same = ctm.key_moment.double().cpu(), torch.eye(len(keys), dtype=torch.float64)
+    free = room_left(plastic.free, sigma, rule)
+    toward = keys @ free                                            # (n, S)
+    root, flawed = torch.linalg.cholesky_ex(same + keys @ toward.T)
+    steps = root.diagonal()
+    toward = torch.linalg.solve_triangular(root / steps, toward, upper=False, unitriangular=True)       # P_i k_i
+    along = toward / (steps ** 2 - 1)[:, None] if rule.project else keys        # (n, S): unit gain at its own key
+    if rule.delta:                                                  # what earlier sessions, and earlier tokens, say there already
+        values = torch.linalg.solve_triangular(same + (keys @ along.T).tril(-1), values - keys @ weight.T, upper=False, unitriangular=True)
+    weight = weight + values.T @ along
+    weight = weight * homeostasis(ctm, weight, sigma, rule)
+    if flawed or not torch.isfinite(weight).all():
         raise ValueError("expected a finite memory, found one that is not: the session is not written, all others are as before")
-    return Plastic(weight, taken + keys.T @ keys)
+    return Plastic(weight, free - (toward / (steps ** 2)[:, None]).T @ toward)
+
+
+def room_left(free: Tensor | None, sigma: Tensor, rule: WriteRule) -> Tensor:
+    """P (S, S) at the beginning of a session: what ordinary text and earlier keys, faded by a session, leave of the key space."""
+    prior = rule.n0 * sigma + rule.ridge * torch.eye(len(sigma), dtype=torch.float64)
+    if free is None:
+        return torch.linalg.inv(prior)
+    return free if rule.fade == 1 else torch.linalg.inv(prior + rule.fade * (torch.linalg.inv(free) - prior))
 
 
 def homeostasis(ctm: CTMBlock, weight: Tensor, sigma: Tensor, rule: WriteRule) -> float:

@@ -633,33 +633,38 @@ class NanoCTM(nn.Module):
     # -- learning signal
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """hidden (N, D), targets (N,) -> nats (N,) with gradient; logits are recomputed piece by piece backwards."""
+        """hidden (N, D) -> nats (N,) with gradient; logits are recomputed piece by piece backwards.
+
+        targets: what came (N,), or what a teacher's head reads (N, D), whose prediction is then the soft target.
+        """
         def piece(h: Tensor, t: Tensor) -> Tensor:
-            return F.cross_entropy(self.head(h).float(), t, reduction="none")
+            return F.cross_entropy(self.head(h).float(), t if t.dim() == 1 else self.head(t).float().softmax(-1), reduction="none")
         n = self.rows_at_once(hidden)
         return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in zip(hidden.split(n), targets.split(n))])
 
-    def tick_loss(self, thought: Thought, targets: Tensor, weight: Tensor, other: str = "any") -> tuple[Tensor, dict[str, float]]:
+    def tick_loss(self, thought: Thought, targets: Tensor, weight: Tensor, other: str = "any", teacher: Tensor | None = None,
+                  ) -> tuple[Tensor, dict[str, float]]:
         """½ nats at the most certain tick + ½ nats at another one, as a weighted mean over weight > 0.
 
         other "best": the tick of the lowest nats, as the CTM does it (eq. 12). On text, whose next token is never certain,
         eight guesses then learn to differ, and the tick that is read pays for it (LOG.md). other "any": a tick drawn by
         chance, so that in the mean every tick learns to predict.
 
-        targets (B, T) int64, weight (B, T). Selection needs no gradient; it flows through the two chosen ticks.
-        Returns the loss, and the unweighted nats and mean tick of reading.
+        targets (B, T) int64, weight (B, T); teacher (B, T, D): what another head would read, taught half and half with
+        the targets. Selection needs no gradient; it flows through the two chosen ticks. Returns the loss, and the
+        unweighted nats and mean tick of reading.
         """
         where = weight > 0
         target, w, hidden, read = targets[where], weight[where], thought.hidden[where], thought.read_tick[where]
         n, K = hidden.shape[:2]
-        if K == 1:
-            nats = self.cross_entropy(hidden[:, 0], target)
-            return (nats * w).sum() / w.sum(), {"nats": nats.mean().item(), "read_tick": 0.0}
         companion = thought.tick_nats[where].argmin(-1) if other == "best" else torch.randint(K, (n,)).to(hidden.device)
         rows = torch.arange(n, device=hidden.device).repeat(2)
-        both = self.cross_entropy(hidden[rows, torch.cat([companion, read])], target.repeat(2)).view(2, n)
-        loss = (both.mean(0) * w).sum() / w.sum()
-        return loss, {"nats": both[1].mean().item(), "read_tick": read.float().mean().item()}
+        chosen = hidden[rows, torch.cat([companion, read])] if K > 1 else hidden[:, 0]
+        nats = self.cross_entropy(chosen, target.repeat(len(chosen) // n)).view(-1, n)
+        loss = nats.mean(0)
+        if teacher is not None:
+            loss = (loss + self.cross_entropy(chosen, teacher[where].repeat(len(chosen) // n, 1)).view(-1, n).mean(0)) / 2
+        return (loss * w).sum() / w.sum(), {"nats": nats[-1].mean().item(), "read_tick": read.float().mean().item()}
 
 
 HEAD_ENTRIES = {"cpu": 2**18, "cuda": 2**26, "meta": 2**26}         # logits held at once

@@ -92,14 +92,16 @@ cut_share = 0.5             # of the carrying steps: the context is dropped half
 document_write = False      # at a cut, the first half is written too and the second read with it: long text as sessions
 episode_facts = 64          # told a step and process, in sessions that share one memory, and asked in others
 carry_facts = 24            # the same on carrying steps, where every token told thinks; the rest is told without gradients
-episode_weight = 1.0        # of all that episodes teach, beside the mixture
+episode_weight = 0.5        # of all that episodes teach, beside the mixture
 through_write = True        # learn through the write; False is the control
 write_strength = 20.0       # eta at the start: |g E|^2 eta / |h| should be several nats
 write_rule = "solved"       # how factors become the memory in training: "sum", or "solved" by ridge regression
 write_ridge = 1e-3          # of the solved rule
-write_n0 = 0.05             # of the solved rule: ordinary text weighs as much as so many keys
+write_n0 = 10.0             # of the solved rule: ordinary text weighs as much as so many keys
 contrast_weight = 1.0       # key where a fact was told against key where it is asked
 contrast_scale = 15.0       # of the cosines
+reading_weight = 3.0        # squared error of how much of each fact a question reads: of its own 1, of others and by strangers 0
+teacher = False             # phase 3: the backbone's own FFN teaches the mixture, half and half with the text itself
 locality_weight = 1.0       # KL on text and on people never told of, with and without the memory
 salience_weight = 0.5       # cross-entropy of salience with being a value, which somebody may ask for
 baseline_rate = 0.01        # of the running mean of y_out
@@ -205,7 +207,9 @@ def mixture_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor,
     if imitating:
         loss, report = imitation_loss(model, ticks, u), {}
     else:
-        loss, report = model.tick_loss(thought, following, weight, other_tick)
+        with torch.no_grad():
+            taught = ticks.h + model.backbone.layers[-1].mlp(u) if teacher else None
+        loss, report = model.tick_loss(thought, following, weight, other_tick, taught)
     if model.ctm:
         report["y_out"] = ticks.y_out[ticks.real].detach().mean(0)
     return loss, report, thought
@@ -268,7 +272,7 @@ def carried_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor,
     if len(parts) > 1:                                              # what was read before the cut is written, the rest is read with it
         lived, after = all_lived(thoughts), successors(parts[0])
         known = (after >= 0) & lived.real
-        plastic = written(*telling(model, lived, after, known), model.ctm.key_moment) if document_write and known.any() else None
+        plastic = written_text(model, lived, after, known) if document_write and known.any() else None
         thoughts += read_in_chunks(model, parts[1], session, plastic)
     following, sizes = successors(tokens), [t.read_tick.shape[1] for t in thoughts]
     losses, reports = zip(*(model.tick_loss(t, f, w, other_tick) for t, f, w in
@@ -298,54 +302,66 @@ def all_lived(thoughts: list[Thought]) -> Lived:
 
 
 def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: tuple, carrying: bool) -> tuple[torch.Tensor, dict]:
-    """Tell session A, write, ask session B in a fresh context: tick loss on its answers, contrast of keys, locality.
-
-    On carrying steps B is warm-started with A's sync, as a living session may be.
+    """Tell session A, write, ask session B in a fresh context: tick loss on its answers, what each question reads, contrast
+    of keys, locality. On carrying steps B is warm-started with A's sync, as a living session may be.
     """
-    lived, following, news, told_keys, m = told_session(model, e, carrying)
-    known, root = (following >= 0) & lived.real, math.sqrt(lived.key.shape[-1])
-    keys, values, salient = telling(model, lived, following, known)
-    others = crowd_factors(model, crowd) if carrying else [x[:0] for x in (keys, values, salient)]
-    plastic = written(*map(torch.cat, zip((keys, values, salient), others)), model.ctm.key_moment)
+    lived, following, news, at, m = told_session(model, e, carrying)
+    known, rows, root = (following >= 0) & lived.real, e.told_at[:, 0], math.sqrt(lived.key.shape[-1])
+    own = telling(model, lived, following, known)
+    keys, values, salient = map(torch.cat, zip(own, crowd_factors(model, crowd) if carrying else [x[:0] for x in own]))
+    minds = shared_memories(len(e.told)).to(keys.device)            # (B,) whose memory a row writes to and is asked with
+    mind = F.pad(minds[:, None].expand_as(known)[known], (0, len(keys) - len(own[0])))         # of each factor; the crowd's is the first
+    reader = written(keys, salient, model.ctm.key_moment, mind)
+    heard = (minds[:, None] == mind).float()                        # (B, factors)
+    plastic = torch.einsum("bn,nd,sn->bds", heard, values, reader) if minds.any() else values.T @ reader.T
 
-    where = due_first((e.weight != 0) if carrying else (e.weight < 0) | (e.weight > 1))
+    where = due_first(e.weight != 0, e.weight > 0) if carrying else due_first((e.weight < 0) | (e.weight > 1), e.weight > 0, 6)
     ticks, after = model.ticks(*model.trunk(e.asked), m=m, where=where), successors(e.asked).gather(1, where)
     thought, weight = model.measure(ticks, after, plastic), e.weight.gather(1, where)
     answers, _ = model.tick_loss(thought, after, weight, other_tick)
 
     silent, alone = weight < 0, thought.alone
     strangers = at_tick(alone.hidden, alone.read_tick)[silent], alone.key[silent]
-    local = locality_loss(model, *text, plastic) + (locality_loss(model, *strangers, plastic) if silent.any() else 0.0)
-    row, at, fact = e.asked_at.T
-    asked_keys, rivals = alone.key[row, place(where, e.asked)[row, at]] / root, torch.cat([told_keys / root, others[0]])
-    agreement = asked_keys @ rivals.T                               # (questions, facts and the crowd's) cosines
+    nobody = silent.nonzero()[:, 0]                                 # row of each stranger
+    local = locality_loss(model, *text, plastic[0] if minds.any() else plastic)
+    if len(nobody):
+        local = local + locality_loss(model, *strangers, plastic[nobody] if minds.any() else plastic)
+    row, column, fact = e.asked_at[:, 0], place(where, e.asked)[*e.asked_at[:, :2].T], e.asked_at[:, 2]
+    told_keys, asked_keys = lived.key[rows, at] / root, alone.key[row, column] / root
+    agreement = asked_keys @ told_keys.T                            # (questions, facts) cosines
     contrast = F.cross_entropy(contrast_scale * agreement, fact)
+    spot = (known.flatten().cumsum(0) - 1).view_as(known)[rows, at]         # of each fact among the factors
+    read = torch.cat([asked_keys, strangers[1] / root]) @ reader * salient * heard[torch.cat([row, nobody])]      # (questions and strangers, factors)
+    wanted = torch.zeros_like(read)
+    wanted[torch.arange(len(fact)), spot[fact]] = 1.0
+    reading = (read - wanted).pow(2).sum(1).mean()
     worth = F.binary_cross_entropy_with_logits(salience_logit(model.ctm, lived.key[known]).float(), news[known])       # values are asked for later
-    loss = answers + contrast_weight * contrast + locality_weight * local + salience_weight * worth
-    due = thought.nats[row, place(where, e.asked)[row, at]].mean().item()
-    return loss, {"value_nats": due, "contrast": contrast.item(), "local": local.item(),
-                  "agree": agreement.gather(1, fact[:, None]).mean().item(), "hit": (agreement.argmax(1) == fact).float().mean().item(),
-                  "salient": salient.mean().item(), "salient_facts": salience(model.ctm, told_keys).mean().item()}
+    loss = answers + contrast_weight * contrast + reading_weight * reading + locality_weight * local + salience_weight * worth
+    right = agreement.argmax(1) == fact
+    return loss, {"value_nats": thought.nats[row, column].mean().item(), "contrast": contrast.item(), "reading": reading.item(),
+                  "own": read[torch.arange(len(fact)), spot[fact]].mean().item(), "stranger": read[len(fact):].amax(1).mean().item() if len(nobody) else 0.0,
+                  "local": local.item(), "agree": agreement.gather(1, fact[:, None]).mean().item(), "hit": right.float().mean().item(),
+                  "salient": salient.mean().item(), "salient_facts": salience(model.ctm, told_keys * root).mean().item(),
+                  "due": torch.cat([told_keys, asked_keys, strangers[1] / root]).detach() * root}
 
 
-EPISODE_FIGURES = ("value_nats", "contrast", "local", "agree", "hit", "salient", "salient_facts")
+EPISODE_FIGURES = ("value_nats", "contrast", "reading", "own", "stranger", "local", "agree", "hit", "salient", "salient_facts")
 
 
 def told_session(model: NanoCTM, e: data.Episodes, carrying: bool) -> tuple[Lived, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Read session A -> what was lived (B, n), successors, which are news (B, n), the key (facts, S) where each value was due, m.
+    """Read session A -> what was lived (B, n), successors, which are news (B, n), where among the n each fact's value was due, m.
 
     Carrying, all tokens think, chunk by chunk; else those where a value is due, and a few others: a fact costs a tenth then.
     """
-    row, at = e.told_at.T
     if carrying:
         session = SessionMemory(model, len(e.told), chunk)
         lived = all_lived(read_in_chunks(model, e.told, session))
         session.close()
-        return lived, successors(e.told), e.news, lived.key[row, at], session.m
+        return lived, successors(e.told), e.news, e.told_at[:, 1], session.m
     where = due_first(e.news > 0)
     following = successors(e.told).gather(1, where)
     lived = Lived.of(model.measure(model.ticks(*model.trunk(e.told), where=where), following))
-    return lived, following, e.news.gather(1, where), lived.key[row, place(where, e.told)[row, at]], None
+    return lived, following, e.news.gather(1, where), place(where, e.told)[*e.told_at.T], None
 
 
 def telling(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -356,9 +372,10 @@ def telling(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.
     return key / math.sqrt(key.shape[-1]), values, salient
 
 
-def due_first(due: torch.Tensor, others: int = 2) -> torch.Tensor:
-    """due (B, T) bool -> positions (B, n): all that are due, and a few others by chance."""
-    return foremost(2 * due.float(), min(due.shape[1], int(due.sum(1).max()) + others))
+def due_first(due: torch.Tensor, then: torch.Tensor | None = None, others: int = 2) -> torch.Tensor:
+    """due (B, T) bool -> positions (B, n): all that are due, and a few others by chance, of `then` before the rest."""
+    importance = 2 * due.float() if then is None else torch.where(due, 2.0, then.float())
+    return foremost(2 * importance, min(due.shape[1], int(due.sum(1).max()) + others))
 
 
 @torch.no_grad()
@@ -375,26 +392,45 @@ def place(where: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(tokens).scatter(1, where, torch.arange(where.shape[1]).to(where).expand_as(where))
 
 
-def written(keys: torch.Tensor, values: torch.Tensor, salient: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Factors (n, S), (n, D) of all rows -> one memory W_m (D, S), with gradients.
+def shared_memories(rows: int) -> torch.Tensor:
+    """(rows,) numbers of the memories that rows share: half the time all the same one, else four, or each row its own."""
+    return torch.arange(rows) % (1, 1, 4, rows)[int(torch.randint(4, ()))]
+
+
+def written(keys: torch.Tensor, salient: torch.Tensor, sigma: torch.Tensor, mind: torch.Tensor | None = None) -> torch.Tensor:
+    """Keys (n, S) -> the reader (S, n), with gradients: a key k reads k' reader of each factor, and W_m = values' reader'.
 
     "sum" is linear attention over the factors. "solved" is what the living rule arrives at when it may look at all
-    factors at once: W K' = V by ridge regression, ordinary text protected by its second moment sigma.
+    factors at once: W K' = V by ridge regression, ordinary text protected by its second moment sigma. mind (n,): which of
+    several memories, solved side by side, each factor belongs to.
     """
     if write_rule == "sum":
-        return values.T @ keys
-    keys, values, salient, sigma = (x.double() for x in (keys, values, salient, sigma))        # small ridge, fp32 is not enough
-    weighted = keys * salient[:, None]                              # values carry their salience already
-    taken = keys.T @ weighted + write_ridge * torch.eye(keys.shape[1]).to(keys) + write_n0 * sigma
-    return torch.linalg.solve(taken, keys.T @ values).T.float()
+        return keys.T
+    keys, salient, sigma = (x.double() for x in (keys, salient, sigma))         # small ridge, fp32 is not enough
+    prior = write_ridge * torch.eye(keys.shape[1]).to(keys) + write_n0 * sigma
+    toward = torch.linalg.solve(prior, keys.T)                      # (S, n)
+    alike = keys @ toward
+    if mind is not None:
+        alike = alike * (mind[:, None] == mind)
+    itself = torch.eye(len(keys)).to(keys)
+    return torch.linalg.solve(itself + salient[:, None] * alike, toward, left=False).float()    # values carry their salience already
+
+
+def written_text(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """What was lived (B, n), as one memory W_m (D, S), with gradients."""
+    keys, values, salient = telling(model, lived, following, known)
+    return values.T @ written(keys, salient, model.ctm.key_moment).T
 
 
 def locality_loss(model: NanoCTM, hidden: torch.Tensor, key: torch.Tensor, plastic: torch.Tensor, most: int = 128) -> torch.Tensor:
-    """KL from what is predicted without the memory to what is predicted with it, where it has nothing to say (n, D), (n, S)."""
+    """KL from what is predicted without the memory to what is predicted with it, where it has nothing to say (n, D), (n, S).
+
+    plastic (D, S), or (n, D, S), one for each.
+    """
     chosen = torch.randperm(len(hidden))[:most].to(hidden.device)
-    hidden, key = hidden[chosen].detach(), key[chosen]
-    aided = hidden + (key @ plastic.T / math.sqrt(key.shape[-1])).to(hidden.dtype)
-    before, after = (model.head(x).float().log_softmax(-1) for x in (hidden, aided))
+    hidden, key = hidden[chosen].detach(), key[chosen] / math.sqrt(key.shape[-1])
+    aid = key @ plastic.T if plastic.dim() == 2 else torch.einsum("nds,ns->nd", plastic[chosen], key)
+    before, after = (model.head(x).float().log_softmax(-1) for x in (hidden, hidden + aid.to(hidden.dtype)))
     return F.kl_div(after, before, log_target=True, reduction="batchmean")
 
 
@@ -412,13 +448,14 @@ def apply_baseline(model: NanoCTM, report: dict, step: int, world: int) -> None:
 
 
 @torch.no_grad()
-def apply_key_moment(model: NanoCTM, key: torch.Tensor, world: int) -> None:
-    """Move Sigma towards the second moment of these keys (n, S) of ordinary reading, as unit vectors."""
-    moment = key.T @ key / key.shape[1] / len(key)
+def apply_key_moment(model: NanoCTM, kinds: list[torch.Tensor], step: int, world: int) -> None:
+    """Move Sigma towards the second moment of kappa/sqrt(S), the mean over kinds of keys (n, S): those of ordinary reading, and
+    those at which somebody's value is due. What all of them share is nobody's own: a write along it would reach strangers."""
+    moment = sum(key.T @ key / key.shape[1] / len(key) for key in kinds) / len(kinds)
     if world > 1:
         dist.all_reduce(moment)
         moment = moment / world
-    model.ctm.key_moment.lerp_(moment, 2 * baseline_rate)
+    model.ctm.key_moment.lerp_(moment, max(2 * baseline_rate, 1 / (1 + step * carry_share)))
 
 
 # -----------------------------------------------------------------------------
@@ -643,7 +680,7 @@ def main() -> None:
         if "y_out" in report:
             apply_baseline(model, report, step, world)
         if "key" in report:
-            apply_key_moment(model, report["key"], world)
+            apply_key_moment(model, [report[k] for k in ("key", "due") if k in report], step, world)
 
         done = step + 1
         busy, counted = busy + time.time() - clock, counted + 1     # norm and loss were read: the device has finished
