@@ -341,11 +341,17 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
     return loss, {"value_nats": thought.nats[row, column].mean().item(), "contrast": contrast.item(), "reading": reading.item(),
                   "own": read[torch.arange(len(fact)), spot[fact]].mean().item(), "stranger": read[len(fact):].amax(1).mean().item() if len(nobody) else 0.0,
                   "local": local.item(), "agree": agreement.gather(1, fact[:, None]).mean().item(), "hit": right.float().mean().item(),
-                  "salient": salient.mean().item(), "salient_facts": salience(model.ctm, told_keys * root).mean().item(),
+                  "rank": participation_ratio(told_keys).item(), "salient": salient.mean().item(), "salient_facts": salience(model.ctm, told_keys * root).mean().item(),
                   "due": torch.cat([told_keys, asked_keys, strangers[1] / root]).detach() * root}
 
 
-EPISODE_FIGURES = ("value_nats", "contrast", "reading", "own", "stranger", "local", "agree", "hit", "salient", "salient_facts")
+EPISODE_FIGURES = ("value_nats", "contrast", "reading", "own", "stranger", "local", "agree", "hit", "rank", "salient", "salient_facts")
+
+
+def participation_ratio(keys: torch.Tensor) -> torch.Tensor:
+    """In how many directions keys (n, S) spread: (sum of variances)^2 / sum of their squares."""
+    alike = keys @ keys.T
+    return alike.trace() ** 2 / alike.pow(2).sum()
 
 
 def told_session(model: NanoCTM, e: data.Episodes, carrying: bool) -> tuple[Lived, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:

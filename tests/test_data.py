@@ -130,8 +130,22 @@ def test_episodes_ask_what_was_told_and_know_where(words, step):
     for row, at in np.argwhere(e.weight == -1):                     # strangers: nobody told of them
         asked = words.decode(e.asked[row, :at + 1].tolist()).rsplit("assistant\n", 1)[1]
         assert asked.split()[0] not in everything
+    for row, at in e.told_at:                                       # news: a value to its end, which is the full stop
+        value = words.decode(e.told[row, at + 1:at + 1 + int(e.news[row, at:].cumprod().sum())].tolist())
+        assert re.fullmatch(r" [A-Za-z]+\.", value)
     again = mix.episodes(12, step)
     assert all(np.array_equal(a, b) for a, b in zip(e, again))
+
+
+def test_namesakes_begin_alike_and_spliced_values_are_new_words():
+    world = data.FactWorld(4, lexicon=["table", "window", "garlic", "summer"])
+    names = world.namesakes(40)
+    assert 40 <= len(set(names)) == len(names) < 80
+    assert sum(any(n.startswith(onset) for n in names) for onset in data.ONSETS) <= 3
+    plain = {world._value("home") for _ in range(400)}
+    world.spliced = 1.0
+    spliced = {world._value("home") for _ in range(400)} - plain - {v for vs in data.VALUES["train"].values() for v in vs} - set(data.NAMES["train"])
+    assert spliced <= {a[:len(a) // 2 + 1] + b[len(b) // 2:] for a in world.lexicon for b in world.lexicon} and len(spliced) > 6
 
 
 # -----------------------------------------------------------------------------

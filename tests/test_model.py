@@ -260,6 +260,23 @@ def test_tick_loss_is_the_mean_of_the_best_and_the_most_certain_tick():
     assert torch.allclose(loss, expected, atol=1e-5) and report["nats"] == pytest.approx(thought.nats[:, :-1].mean().item(), abs=1e-5)
 
 
+def test_a_teacher_is_half_of_what_a_tick_learns():
+    """Taught by itself, a model's soft half costs its entropy, and has no gradient left."""
+    model = randomised("more pairs than neurons")
+    tokens, weight = some_tokens(model, 2, 16), torch.ones(2, 16)
+    weight[:, -1] = 0
+    thought = model(tokens)
+    teacher = thought.at_read_tick(thought.hidden).detach()
+    nats, entropy = thought.nats[:, :-1], torch.special.entr(model.head(teacher[:, :-1]).softmax(-1)).sum(-1)
+    single = dataclasses.replace(thought, hidden=thought.at_read_tick(thought.hidden)[:, :, None], tick_nats=thought.nats[..., None],
+                     read_tick=torch.zeros_like(thought.read_tick))
+    loss, report = model.tick_loss(single, tokens.roll(-1, 1), weight, teacher=teacher)
+    assert torch.allclose(loss, (nats.mean() + entropy.mean()) / 2, atol=1e-5) and report["nats"] == pytest.approx(nats.mean().item(), abs=1e-5)
+    hidden = teacher[0].requires_grad_()
+    model.cross_entropy(hidden, hidden.detach()).sum().backward()
+    assert hidden.grad.abs().max() < 1e-5
+
+
 def test_a_tick_by_chance_stands_for_the_mean_over_ticks():
     model = randomised("more pairs than neurons")
     tokens, weight = some_tokens(model, 2, 16), torch.ones(2, 16)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import train as training
 from model import BackboneConfig, NanoCTM, ThoughtConfig, flops_per_token
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +104,22 @@ def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted):
         assert not torch.equal(before[name], after[name]), name
     assert after["ordinary"].any() and torch.linalg.eigvalsh(after["key_moment"]).min() > -1e-6
     log = [json.loads(line) for line in (world / "m1/log.jsonl").read_text().splitlines()]
-    assert {"value_nats", "agree", "salient_facts", "weights_10", "weights_50"} <= log[-1].keys()
+    assert {"value_nats", "agree", "reading", "rank", "salient_facts", "weights_10", "weights_50"} <= log[-1].keys()
+
+
+@pytest.mark.parametrize("minds", [1, 2, 5])
+def test_memories_solved_side_by_side_are_those_solved_apart(minds):
+    """And each is the ridge regression of its own factors, weighted by their salience: W = V K (K' s K + ridge + n0 Sigma)^-1."""
+    torch.manual_seed(minds)
+    keys, values, salient = torch.nn.functional.normalize(torch.randn(10, 24)), torch.randn(10, 6), torch.rand(10)
+    sigma, mind = torch.eye(24) / 24, torch.arange(10) % minds
+    together = training.written(keys, salient, sigma, mind)
+    for one in range(minds):
+        k, v, s = (x[mind == one].double() for x in (keys, values, salient))
+        taken = k.T @ (k * s[:, None]) + training.write_ridge * torch.eye(24) + training.write_n0 * sigma
+        expected = torch.linalg.solve(taken, k.T @ v).T
+        assert torch.allclose(values[mind == one].T @ together[:, mind == one].T, expected.float(), atol=1e-4)
+    assert training.participation_ratio(torch.eye(24)[:7]) == pytest.approx(7)
 
 
 def test_a_write_as_a_plain_sum_trains_another_block(grafted):
