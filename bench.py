@@ -3,12 +3,14 @@
     python bench.py quality             # the tiny weights, about a minute
     python bench.py quality --full      # and the question "depth or thinking time?", trained on the spot (an hour)
     python bench.py memory              # recall from weights after a restart, against other ways, ten minutes
+    python bench.py endurance           # the store under fire: kills, flipped bytes, lies, full disks, ten minutes
     python bench.py card                # after `make tiny`: copy what was trained into weights/, with its card
 
 A table for people, and as the last line of standard output one JSON object with every figure, its seeds, the commit,
 the hardware and the sha256 of its text. All text and all people are held out. No threshold lives here: what is good
-enough is the reader's to say. Left out so far: endurance, sleep, speed.
+enough is the reader's to say. Left out so far: sleep, speed.
 """
+import errno
 import hashlib
 import importlib.util
 import json
@@ -16,17 +18,22 @@ import math
 import multiprocessing
 import os
 import platform
+import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import configurator
@@ -34,7 +41,7 @@ import data
 from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, about, compact_memory, norm_ratio,
                     output_change, read_session)
 from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block_module, flops_per_token, generate,
-                   load_backbone, load_graft, replies, successors)
+                   load_backbone, load_graft, read_tensors, replies, successors)
 
 # -----------------------------------------------------------------------------
 # settings
@@ -50,6 +57,7 @@ seeds = 3                                   # samples of text and of questions; 
 rows = 24                                   # windows of held-out text per seed
 T = 256                                     # tokens per window
 questions = 100                             # per seed and number of facts
+kills = 300                                 # of `endurance`
 full = False                                # also train the arms of "depth or thinking time?"
 full_steps = 400                            # steps per arm and seed
 
@@ -559,7 +567,8 @@ def fine_tune_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact],
 
 
 def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
-    """Reading the sessions once; then per factor 2 S^2 for P k, 2 S^2 for P, 4 S D for W, and 2 S^3 once for the first P."""
+    """Reading the sessions once; then per factor 4 S^2 for P k and for P, 4 S D for W, and 2 S^3 once for the first P. The triangular
+    solves within a session, n (S + D) per factor, are left out: n is a tenth of S."""
     D, S = mind.ctm.c_proj.weight.shape
     f = flops_per_token(mind.model.backbone.config, mind.ctm.config, T)
     return tokens * (f["trunk"] + f["block"] + f["head"]) + sum(len(f.keys) * (4 * S * S + 4 * S * D) for f in factors) + 2 * S ** 3
@@ -691,6 +700,268 @@ def memory() -> dict:
 
 
 # -----------------------------------------------------------------------------
+# endurance: the store under fire
+
+class Fire:
+    """A few sessions really told, and a folder where stores of them are attacked. The text by which writes are judged is short, so that
+    most of a child's time goes to the disk, which is where a kill can hurt."""
+
+    def __init__(self, folder: Path, sessions: int = 8):
+        self.mind, self.folder, world = Mind(), folder, data.FactWorld(0, "held_out")
+        self.told = self.mind.told([session_text(world, world.facts(1 + i % 3)) for i in range(sessions)])
+        self.text = OrdinaryText(self.mind.model, self.mind.ctm.ordinary[:1, :8])
+
+    def open(self, name: str, **settings) -> Store:
+        return Store(self.folder / name, self.mind.model, max_drift=math.inf, text=self.text, **settings)
+
+    def made(self, name: str, sessions: int) -> Path:
+        """A new store with so many sessions."""
+        with self.open(name) as store:
+            for told in self.told[:sessions]:
+                store.commit(*told)
+        return self.folder / name
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def in_child(work, after_s: float | None = None) -> tuple[list[str], int]:
+    """Fork; work(say) runs in the child, which is killed after so many seconds, if any. -> what it said, its exit code."""
+    listen, speak = os.pipe()
+    child = os.fork()
+    if not child:                                                   # never returns
+        os.close(listen)
+        try:
+            work(lambda line: os.write(speak, (line + "\n").encode()))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    os.close(speak)
+    try:
+        if after_s is not None:
+            time.sleep(after_s)
+            os.kill(child, signal.SIGKILL)
+        with os.fdopen(listen) as pipe:
+            said = pipe.read().splitlines()
+    finally:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return said, code
+
+
+def live_on(fire: Fire, name: str, exported: Path, luck: int, say) -> None:
+    """Tell, forget and import without end, saying before each what is about to happen, and after it which sessions there are."""
+    dice = random.Random(luck)
+    with fire.open(name) as store:
+        while True:
+            act = dice.choice(("tell", "tell", "tell", "forget", "forget all", "import"))
+            if act == "tell":
+                say("begin tell")
+                store.commit(*dice.choice(fire.told))
+            elif act == "import":
+                say("begin import")
+                store.import_from(exported)
+            elif store.entries:
+                which = dice.choice(store.entries)["id"] if act == "forget" else "all"
+                say(f"begin forget {which}")
+                store.forget(which)
+            say("done " + " ".join(e["id"] for e in store.entries))
+
+
+def killed_at_random(fire: Fire, times: int, seed: int) -> dict:
+    """Children live on and are killed at a random instant; all that they had finished must be there, and nothing by halves."""
+    chance, known = random.Random(seed), []                         # known: ids that must be there
+    bits, exported = [_bits(factors) for factors, _, _ in fire.told], fire.folder / "three.safetensors"
+    with fire.open(fire.made("three", 3).name) as store:
+        store.export(exported)
+        imported = [e["id"] for e in store.entries]
+    fire.made("killed", 0)
+    found = {"kills": 0, "died_of_something_else": 0, "unreadable": 0, "half_written": 0, "lost_sessions": 0,
+             "interrupted": {"tell": 0, "forget": 0, "import": 0}}
+    for i in range(times):
+        said, code = in_child(lambda say: live_on(fire, "killed", exported, seed * 10**6 + i, say), chance.uniform(0.0, 1.0))
+        found["kills" if code == -signal.SIGKILL else "died_of_something_else"] += 1
+        known = next((line.split()[1:] for line in reversed(said) if line.startswith("done")), known)
+        pending = said[-1].split()[1:] if said and said[-1].startswith("begin") else [""]
+        if pending[0]:
+            found["interrupted"][pending[0]] += 1
+        try:
+            with fire.open("killed") as store:                      # as a writer: what a crash left over is cleared away
+                now, factors = [e["id"] for e in store.entries], store.factors
+        except ValueError:
+            found["unreadable"] += 1
+            shutil.rmtree(fire.folder / "killed")
+            known = []
+            continue
+        allowed = {"": [known], "tell": [known, [*known, *now[len(known):][:1]]], "forget": [known, [k for k in known if k not in pending and "all" not in pending]],
+                   "import": [known, [*known, *(k for k in imported if k not in {n.split("-")[0] for n in known})]]}[pending[0]]
+        found["half_written"] += sum(_bits(f) not in bits for f in factors) + (now not in allowed and set(known) <= set(now))
+        found["lost_sessions"] += 0 if now in allowed else len(set(known) - set(now))
+        known = now
+    return found
+
+
+def _bits(factors: Factors) -> bytes:
+    return b"".join(x.numpy().tobytes() for x in factors.rounded())
+
+
+def every_byte_flipped(fire: Fire) -> dict:
+    """One after another, a bit in each byte of the manifest and of one session's factors: opening has to notice."""
+    folder, undetected, flips = fire.made("flipped", 2), 0, 0
+    for path in (folder / "manifest.json", min((folder / "sessions").glob("*"), key=lambda p: p.stat().st_size)):
+        whole = path.read_bytes()
+        for at in range(len(whole)):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 7]) + whole[at + 1:])
+            flips += 1
+            try:
+                fire.open(folder.name, read_only=True).close()
+                undetected += 1
+            except ValueError:
+                pass
+            if flips % 1000 == 0:
+                print(f"{flips} bytes flipped", file=sys.stderr)
+        path.write_bytes(whole)
+    fire.open(folder.name, read_only=True).close()                  # and the untouched store still opens
+    return {"flips": flips, "flips_undetected": undetected}
+
+
+def lies(fire: Fire) -> dict[str, tuple[dict, dict]]:
+    """Exported files that no store should take in: tensors and metadata by the name of what is wrong with them."""
+    with fire.open(fire.made("exporting", 3).name) as store:
+        store.export(fire.folder / "good.safetensors")
+    tensors, about = read_tensors(fire.folder / "good.safetensors")
+    first, second, third = json.loads(about["sessions"])
+    key, value = "1.factors.keys", "1.factors.values"
+
+    def tensor(name: str, new: Tensor) -> tuple[dict, dict]:
+        return tensors | {name: new}, about
+
+    def spoiled(name: str, x: float) -> tuple[dict, dict]:
+        return tensor(name, tensors[name].index_fill(0, torch.tensor([0]), x))
+
+    def entry(**change) -> tuple[dict, dict]:
+        return tensors, about | {"sessions": json.dumps([first, second | change, third])}
+
+    def said(**change) -> tuple[dict, dict]:
+        return tensors, about | change
+    return {"NaN": spoiled(value, math.nan), "Inf": spoiled(key, math.inf), "NaN in a snapshot": spoiled("1.snapshot.alpha", math.nan),
+            "other factors": spoiled(value, 1.0), "wrong shape": tensor(key, tensors[key][:, 1:]), "fewer rows": tensor(value, tensors[value][1:]),
+            "wrong type": tensor(key, tensors[key].double()), "no keys": ({k: v for k, v in tensors.items() if k != key}, about),
+            "absolute path": entry(id=str(fire.folder / "escaped")), "climbing path": entry(id="../../escaped"), "no id": entry(id=""),
+            "text for a number": entry(tokens="many"), "huge number": entry(told_at=10**400), "NaN for a date": entry(told_at=math.nan),
+            "negative": entry(tokens=-1), "newer format": said(format="99"), "no list": said(sessions="{}"), "another model": said(base="0-0"),
+            "nested for ever": said(sessions="[" * 10**5), "a million entries": said(sessions=json.dumps([{}] * 10**6))}
+
+
+def bad_imports(fire: Fire) -> dict:
+    """None of the lies may be taken in, and nothing may be written outside the store."""
+    attempts, folder = lies(fire), fire.made("importing", 1)
+    before, accepted, strays = files(folder), [], 0
+    for name, (tensors, said) in attempts.items():
+        file = fire.folder / "lie.safetensors"
+        save_file({k: v.contiguous() for k, v in tensors.items()}, file, said)
+        there = {p for p in fire.folder.rglob("*") if folder not in p.parents}
+        with fire.open(folder.name) as store:
+            try:
+                store.import_from(file)
+                accepted.append(name)
+            except ValueError:
+                pass
+        strays += len({p for p in fire.folder.rglob("*") if folder not in p.parents} - there)
+    return {"bad_imports": len(attempts), "bad_imports_accepted": len(accepted), "accepted": accepted,
+            "bad_imports_spoiled_the_store": files(folder) != before, "outside_writes": strays}
+
+
+def hostile_disk(fire: Fire) -> dict:
+    """A disk that fills up at every step of a commit, a folder that became read-only, a second writer: refused, and the store as before."""
+    def attempt(say, store: Store) -> None:
+        held = len(store.entries)
+        try:
+            store.commit(*fire.told[-1])
+            say("written")
+        except OSError:
+            say("refused" if len(store.entries) == held else "half")
+
+    def full(say) -> None:
+        with fire.open("hostile") as store:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            attempt(say, store)                                     # a file that does not fit
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            flush = os.fsync
+            for last in range(5):                                   # session, its folder, snapshot, its folder, manifest: then the disk is full
+                left = iter(range(last))
+
+                def until_full(handle: int) -> None:
+                    if next(left, None) is None:
+                        raise OSError(errno.ENOSPC, "no space left on device")
+                    flush(handle)
+                os.fsync = until_full
+                attempt(say, store)
+
+    def locked(say) -> None:
+        with fire.open("hostile") as store:
+            parts = (fire.folder, store.folder, store.folder / "sessions", store.folder / "snapshots")
+            for path in parts:
+                if os.geteuid() == 0:                               # nothing is read-only to root: become somebody
+                    os.chown(path, 65534, 65534)
+                path.chmod(0o500)
+            if os.geteuid() == 0:
+                os.setresuid(65534, 65534, 65534)
+            attempt(say, store)
+
+    found, folder = {}, fire.made("hostile", 2)
+    before = files(folder)
+    for name, work in (("disk_full", full), ("read_only", locked)):
+        said, code = in_child(work)
+        for path in (fire.folder, folder, folder / "sessions", folder / "snapshots"):
+            path.chmod(0o700)
+            os.chown(path, os.geteuid(), os.getegid())
+        with fire.open("hostile") as store:                         # what is left over of a refused commit is cleared away
+            found[name] = {"refused": said.count("refused"), "attempts": len(said), "exit": code,
+                           "as_before": len(store.entries) == 2 and files(folder) == before}
+    with fire.open("hostile"):
+        try:
+            fire.open("hostile").close()
+            found["second_writer_refused"] = False
+        except ValueError:
+            found["second_writer_refused"] = True
+    return found
+
+
+def prices(fire: Fire, sessions: int = 1000) -> dict:
+    """Milliseconds of a commit with all its checks; of opening so many sessions of one to three facts; bytes of a session of ten facts."""
+    world = data.FactWorld(1, "held_out")
+    with Store(fire.folder / "ten", fire.mind.model) as store:
+        store.text                                                  # thought about once, before the first commit
+        spent = [timed(lambda: store.commit(*told)) for told in fire.mind.told([session_text(world, world.facts(10)) for _ in range(5)])]
+        size = sum(len(blob) for name, blob in files(store.folder).items() if name.endswith(".safetensors")) / len(spent)
+    with fire.open("many") as store:                                # all at once: a thousand manifests would take their time
+        store._add([({"id": "", "told_at": float(i), "tokens": n, "text_nats": [0.0, 0.0], "factors": len(f.keys)}, f.rounded(), s)
+                    for i in range(sessions) for f, s, n in [fire.told[i % len(fire.told)]]])
+    open_s = timed(lambda: fire.open("many", read_only=True).close())
+    return {"commit_ms": 1000 * mean(spent), f"open_ms_{sessions}_sessions": 1000 * open_s, "bytes_per_session": size}
+
+
+def timed(work) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def endurance() -> dict:
+    with tempfile.TemporaryDirectory() as where:
+        fire, found = Fire(Path(where)), {"attack_seed": 1}
+        for attack in (lambda: killed_at_random(fire, kills, 1), lambda: every_byte_flipped(fire), lambda: bad_imports(fire),
+                       lambda: hostile_disk(fire), lambda: prices(fire)):
+            more = attack()
+            print("\n".join(f"{name:30s} {value}" for name, value in more.items()), flush=True)
+            found |= more
+    return found | {"text_sha256": HeldOut(data.Tokenizer(tokenizer)).sha256}
+
+
+# -----------------------------------------------------------------------------
 # the card that goes with shipped weights
 
 def card() -> dict:
@@ -717,7 +988,7 @@ def card() -> dict:
     return about
 
 
-COMMANDS = {"quality": quality, "memory": memory, "answer": answer, "card": card}
+COMMANDS = {"quality": quality, "memory": memory, "answer": answer, "endurance": endurance, "card": card}
 
 
 def main() -> None:

@@ -290,7 +290,7 @@ class FactWorld:
         return [Fact(name, r, self._value(r)) for name, r in self.rng.sample(slots, n)]
 
     def namesakes(self, n: int) -> list[str]:
-        """At least `n` people, of as few first syllables as that takes: neighbours who are easily mistaken."""
+        """At least `n` people, all of some first syllables by chance: neighbours who are easily mistaken."""
         found = []
         for onset in self.rng.sample(ONSETS, len(ONSETS)):
             if len(found) < n:
@@ -578,8 +578,9 @@ class Mixture:
     def episodes(self, n_facts: int, *key: int) -> "Episodes":
         """About `n_facts` told in sessions of one size, at most 6 a session asked in a fresh context.
 
-        Every other time all names begin alike. Sessions that ask also ask about one or two people whom no row told of,
-        under names that are nearly told. Values are often spelled from several pieces, as held-out ones are.
+        Every other time the names share a few first syllables. Sessions that ask also ask about up to two people whom no
+        row told of, under names that are nearly told. Some values are spliced from two words, so that they have several
+        pieces, as held-out ones do.
         """
         rng = random.Random(f"{self.seed}/{self.split}/episodes/{key}")
         world = FactWorld(rng.getrandbits(64), self.split, self.lexicon)

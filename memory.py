@@ -10,10 +10,10 @@ Eligibility, what a token has to tell the weights (engrams), and the write itsel
 
     k   = kappa / sqrt(S) at the read tick                          where memory should answer
     v   = eta dopamine salience U g (E[next] - sum_v p(v) E[v])     what it should add there
-    W  <- W + (v - W k) (P k / k'P k)',   P = (n0 Sigma + ridge I + past keys)^-1
+    W  <- W + (v - W k) (P k / k'P k)',   P = (n0 Sigma + n_due Sigma_due + ridge I + past keys)^-1
 
 No backpropagation and no optimizer: a delta rule with unit gain at its own key and the least disturbance of ordinary text
-(Sigma) and of what was written before. Factors (k, v) depend on the base model and the text alone, never on the store, so
+(Sigma), of what all questions share (Sigma_due) and of what was written before. Factors (k, v) depend on the base model and the text alone, never on the store, so
 W is a function of the living sessions: forgetting one is deleting it and computing W again.
 
 Left out on purpose: anything a session generated itself is carried but never written; the base model's files never
@@ -26,6 +26,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,10 @@ class Factors(NamedTuple):
 
     def rows(self, chosen: Tensor) -> "Factors":
         return Factors(*(x[chosen] for x in self))
+
+    def rounded(self) -> "Factors":
+        """As a store holds them, and writes them: keys and values in fp16, which halves a session."""
+        return self._replace(keys=self.keys.half(), values=self.values.half())
 
 
 # -----------------------------------------------------------------------------
@@ -253,7 +258,8 @@ def read_session(model: NanoCTM, tokens: Tensor, chunk: int = 32, **settings) ->
 @dataclass(frozen=True)
 class WriteRule:
     """How compact_memory writes; the defaults are what `python bench.py memory` measures."""
-    n0: float = 10.0            # protection of ordinary text: as many keys as this weigh on P
+    n0: float = 50.0            # protection of ordinary text: as many keys as this weigh on P
+    n_due: float = 5.0          # the same of what all keys share at which somebody's value is due: it is nobody's own
     ridge: float = 0.001        # lambda
     fade: float = 1.0           # mu: how much of the protection of past keys is left a session later
     cap: float = math.inf       # homeostasis: output power on ordinary text, W_m's over W_c's, at most
@@ -281,8 +287,9 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors, rule: Writ
     ValueError, and nothing written, when anything is not finite.
     """
     keys, values, weight = factors.keys.double().cpu(), factors.values.double().cpu(), plastic.weight
-    sigma, same = ctm.key_moment.double().cpu(), torch.eye(len(keys), dtype=torch.float64)
-    free = room_left(plastic.free, sigma, rule)
+    if plastic.free is None and weight.any():
+        raise ValueError("expected a memory with its free key space, found W_m alone: it can be read and not written to")
+    same, free = torch.eye(len(keys), dtype=torch.float64), room_left(ctm, plastic.free, rule)
     toward = keys @ free                                            # (n, S)
     root, flawed = torch.linalg.cholesky_ex(same + keys @ toward.T)
     steps = root.diagonal()
@@ -291,29 +298,32 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors, rule: Writ
     if rule.delta:                                                  # what earlier sessions, and earlier tokens, say there already
         values = torch.linalg.solve_triangular(same + (keys @ along.T).tril(-1), values - keys @ weight.T, upper=False, unitriangular=True)
     weight = weight + values.T @ along
-    weight = weight * homeostasis(ctm, weight, sigma, rule)
+    weight = weight * homeostasis(ctm, weight, rule)
     if flawed or not torch.isfinite(weight).all():
         raise ValueError("expected a finite memory, found one that is not: the session is not written, all others are as before")
-    return Plastic(weight, free - (toward / (steps ** 2)[:, None]).T @ toward)
+    free = free - (toward / (steps ** 2)[:, None]).T @ toward
+    return Plastic(weight, (free + free.T) / 2)                     # what rounding leaves asymmetric would grow with every inversion
 
 
-def room_left(free: Tensor | None, sigma: Tensor, rule: WriteRule) -> Tensor:
+def room_left(ctm: CTMBlock, free: Tensor | None, rule: WriteRule) -> Tensor:
     """P (S, S) at the beginning of a session: what ordinary text and earlier keys, faded by a session, leave of the key space."""
-    prior = rule.n0 * sigma + rule.ridge * torch.eye(len(sigma), dtype=torch.float64)
-    if free is None:
-        return torch.linalg.inv(prior)
-    return free if rule.fade == 1 else torch.linalg.inv(prior + rule.fade * (torch.linalg.inv(free) - prior))
+    if free is not None and rule.fade == 1:
+        return free
+    common = rule.n0 * ctm.key_moment.double() + rule.n_due * ctm.due_moment.double()
+    prior = common.cpu() + rule.ridge * torch.eye(ctm.config.sync, dtype=torch.float64)
+    return torch.linalg.inv(prior if free is None else prior + rule.fade * (torch.linalg.inv(free) - prior))
 
 
-def homeostasis(ctm: CTMBlock, weight: Tensor, sigma: Tensor, rule: WriteRule) -> float:
+def homeostasis(ctm: CTMBlock, weight: Tensor, rule: WriteRule) -> float:
     """The factor <= 1 that keeps a write within its caps, its direction unchanged."""
-    louder, larger = output_change(ctm, weight, sigma) / rule.cap, norm_ratio(ctm, weight) / rule.norm_cap
+    louder = output_change(ctm, weight) / rule.cap if math.isfinite(rule.cap) else 0.0
+    larger = norm_ratio(ctm, weight) / rule.norm_cap if math.isfinite(rule.norm_cap) else 0.0
     return 1 / max(1.0, math.sqrt(louder), larger)
 
 
-def output_change(ctm: CTMBlock, weight: Tensor, sigma: Tensor | None = None) -> float:
+def output_change(ctm: CTMBlock, weight: Tensor) -> float:
     """E |W_m k|^2 / E |W_c kappa|^2 on ordinary text: how loud the memory is next to the thought it is added to."""
-    sigma, own = ctm.key_moment.double().cpu() if sigma is None else sigma, ctm.c_proj.weight.detach().double().cpu()
+    sigma, own = ctm.key_moment.double().cpu(), ctm.c_proj.weight.detach().double().cpu()
     return float(((weight @ sigma) * weight).sum() / (ctm.config.sync * ((own @ sigma) * own).sum()))
 
 
@@ -342,7 +352,8 @@ class OrdinaryText:
 # -----------------------------------------------------------------------------
 # the store: what outlives the process
 
-FORMAT = 1
+FORMAT = 2                                  # of the manifest and of exported files
+DAMAGE = (KeyError, TypeError, ValueError, OverflowError, RecursionError)       # of JSON that is not what it claims; ValueError: UTF-8 too
 
 
 class Snapshot(NamedTuple):
@@ -359,7 +370,7 @@ class Snapshot(NamedTuple):
 class Store:
     """Sessions on disk, and the memory W_m that they make; the only way to the disk.
 
-        folder/manifest.json                format, base model, living sessions in order with the sha256 of their files
+        folder/manifest.json                format, base model, living sessions in order, the sha256 of their files and its own
         folder/sessions/ID.safetensors      Factors;  folder/snapshots/ID.safetensors  Snapshot;  no text anywhere
 
     The manifest is the only commit point: files are written and flushed first, then it is replaced, so that a crash at any
@@ -368,7 +379,8 @@ class Store:
     """
 
     def __init__(self, folder: str | Path, model: NanoCTM, read_only: bool = False, rule: WriteRule = WriteRule(),
-                 max_drift: float = 0.5, text: OrdinaryText | None = None):
+                 max_drift: float = 0.5, text: OrdinaryText | None = None, forget: str = ""):
+        """forget: sessions to drop unread, damaged ones too: an id, an unambiguous beginning of it, or "all"."""
         self.folder, self.model, self.read_only, self.rule, self.max_drift = Path(folder), model, read_only, rule, max_drift
         self.base = f"{backbone_hash(model)}-{fingerprint(model.ctm)}"
         self._text, self._lock = text, None
@@ -382,8 +394,12 @@ class Store:
             if not read_only and not self._holds_something():       # asked again, now that nobody else can write
                 self._replace_manifest([])
             self.entries = self._read_manifest()
+            self.dropped = self._chosen(forget) if forget else []
+            self.entries = [e for e in self.entries if e not in self.dropped]
             self.factors = [self._load(e) for e in self.entries]
             self._plastic = self._written(self.factors)
+            if self.dropped:
+                self._replace_manifest(self.entries)
             if not read_only:                                       # only once all that is named was found whole
                 self._remove_orphans()
         except BaseException:
@@ -441,7 +457,8 @@ class Store:
         """
         if not tokens:
             raise ValueError("expected a session with something in it, found an empty one: nothing is written")
-        factors, snapshot = Factors(*(x.detach().cpu() for x in factors)), Snapshot(*(x.detach().float().cpu() for x in snapshot))
+        factors = Factors(*(x.detach().cpu() for x in factors)).rounded()
+        snapshot = Snapshot(*(x.detach().float().cpu() for x in snapshot))
         if not all(torch.isfinite(x).all() for x in (*factors, *snapshot)):
             raise ValueError("expected a finite session, found values that are not: nothing is written, the store is as before")
         plastic = compact_memory(self.model.ctm, self._plastic, factors, self.rule)
@@ -457,13 +474,16 @@ class Store:
 
     def forget(self, which: str) -> int:
         """Forget one session by its id (or an unambiguous beginning of it), or "all"; -> how many. The rest is written anew."""
-        gone = self.entries if which == "all" else [self.find(which)]
+        gone = self._chosen(which)
         living = [(e, f) for e, f in zip(self.entries, self.factors) if e not in gone]
         plastic = self._written([f for _, f in living])
         self._replace_manifest([e for e, _ in living])
         self.entries, self.factors, self._plastic = [e for e, _ in living], [f for _, f in living], plastic
         self._remove_orphans()
         return len(gone)
+
+    def _chosen(self, which: str) -> list[dict]:
+        return self.entries if which == "all" else [self.find(which)]
 
     def find(self, which: str) -> dict:
         """The manifest entry of a session. ValueError when there is none, or more than one that begins so."""
@@ -498,14 +518,17 @@ class Store:
             raise ValueError(f"{file}: expected a memory of these weights ({self.base}), found one of {about.get('base')}: keys of "
                              f"another model mean nothing here")
         try:
-            entries = [_checked_entry(e) for e in json.loads(about["sessions"])]
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as e:
+            entries = [_checked_entry(e) for e in list.copy(json.loads(about["sessions"]))]        # TypeError for anything but a list
+        except DAMAGE as e:
             raise ValueError(f"{file}: expected the list of its sessions, found a damaged one ({type(e).__name__}): export it again") from None
         new, present = [], {(e["sha256"], e["snapshot_sha256"]) for e in self.entries}
         for i, entry in enumerate(entries):
             parts = {kind: {k.split(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.{kind}.")} for kind in ("factors", "snapshot")}
             factors, snapshot = self._checked(parts["factors"], parts["snapshot"], f"{file}, session {i}")
-            if tuple(hashlib.sha256(b).hexdigest() for b in _blobs(factors, snapshot)) not in present:
+            found = tuple(hashlib.sha256(b).hexdigest() for b in _blobs(factors, snapshot))
+            if found != (entry["sha256"], entry["snapshot_sha256"]):
+                raise ValueError(f"{file}, session {i}: expected it as it was exported, found it changed: export it again")
+            if found not in present:
                 fresh = {k: entry[k] for k in ("told_at", "tokens", "text_nats")}
                 new.append(({"id": "", **fresh, "factors": len(factors.keys)}, factors, snapshot))
         plastic = self._plastic
@@ -550,17 +573,21 @@ class Store:
         if self.read_only:
             raise ValueError("expected a store open for writing, found --memory=read-only: use --memory=on to change it")
         fresh = self.folder / "manifest.json.new"
-        _write_durably(fresh, json.dumps({"format": FORMAT, "base": self.base, "sessions": entries}, indent=1).encode())
+        _write_durably(fresh, _sealed({"format": FORMAT, "base": self.base, "sessions": entries}))
         fresh.replace(self.folder / "manifest.json")
         _flush(self.folder)
 
     def _read_manifest(self) -> list[dict]:
         path = self.folder / "manifest.json"
         try:
-            manifest = json.loads(path.read_text())
+            raw = path.read_bytes()
+            manifest = json.loads(raw)
+            del manifest["sha256"]
             known, base, entries = int(manifest["format"]), str(manifest["base"]), [_checked_entry(e) for e in manifest["sessions"]]
-        except (KeyError, TypeError, ValueError, OSError) as e:     # ValueError: JSON and UTF-8 as well
+        except (OSError, *DAMAGE) as e:
             raise ValueError(f"{path}: expected a whole manifest, found a damaged one ({type(e).__name__}): restore it from a copy") from None
+        if raw != _sealed(manifest):                                # not a byte is otherwise than it was written
+            raise ValueError(f"{path}: expected the manifest as it was written, found it changed: restore it from a copy")
         if known != FORMAT:
             raise ValueError(f"{path}: expected format {FORMAT}, found {known}: update nanoCTM, or export the memory with the version that made it")
         if base != self.base:
@@ -569,6 +596,7 @@ class Store:
         return entries
 
     def _load(self, entry: dict) -> Factors:
+        self._verify(self.folder / "snapshots" / f"{entry['id']}.safetensors", entry["snapshot_sha256"])
         path = self.folder / "sessions" / f"{entry['id']}.safetensors"
         self._verify(path, entry["sha256"])
         return self._checked(read_tensors(path)[0], None, str(path))[0]
@@ -581,19 +609,19 @@ class Store:
     def _verify(self, path: Path, sha256: str) -> None:
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise ValueError(f"{path}: expected the file that the manifest names, found {'another' if path.is_file() else 'none'}: it is "
-                             f"damaged; restore it from a copy, or remove its entry from manifest.json")
+                             f"damaged; restore it from a copy, or give it up with --forget={path.stem}")
 
     def _checked(self, factors: dict | None, snapshot: dict | None, where: str) -> tuple[Factors | None, Snapshot | None]:
         """Tensors of a file as what they claim to be: names, shapes and types agree, and all is finite."""
         D, S = self.model.ctm.c_proj.weight.shape
         n = len(factors["keys"]) if factors and "keys" in factors else 0
         shapes = {"keys": (n, S), "values": (n, D), **{k: (n,) for k in Factors._fields[2:]}}
-        integers = ("position", "tick")
+        types = {"keys": torch.float16, "values": torch.float16, "position": torch.int64, "tick": torch.int64}
         for given, wanted in ((factors, shapes), (snapshot, {"alpha": (2, S), "beta": (2, S), "about": (D,)})):
             if given is None:
                 continue
             right = given.keys() == wanted.keys() and all(
-                tuple(given[k].shape) == wanted[k] and given[k].dtype == (torch.int64 if k in integers else torch.float32) for k in wanted)
+                tuple(given[k].shape) == wanted[k] and given[k].dtype == types.get(k, torch.float32) for k in wanted)
             if not right or not all(torch.isfinite(x).all() for x in given.values()):
                 raise ValueError(f"{where}: expected finite tensors of this model's shapes, found others: it is damaged or foreign")
         return Factors(**factors) if factors is not None else None, Snapshot(**snapshot) if snapshot is not None else None
@@ -629,12 +657,17 @@ class Store:
 
 def _checked_entry(entry: dict) -> dict:
     """A session's line in the manifest, as it should be. KeyError, TypeError or ValueError otherwise."""
-    right = (all(isinstance(entry[k], str) for k in ("id", "sha256", "snapshot_sha256")) and Path(entry["id"]).name == entry["id"]
-             and all(isinstance(entry[k], (int, float)) for k in ("told_at", "tokens", "factors"))
-             and len(entry["text_nats"]) == 2 and all(isinstance(x, (int, float)) for x in entry["text_nats"]))
+    right = (all(isinstance(entry[k], str) for k in ("id", "sha256", "snapshot_sha256")) and re.fullmatch("[0-9a-f]+(-[0-9]+)?", entry["id"])
+             and all(type(entry[k]) is int and entry[k] >= 0 for k in ("tokens", "factors")) and len(entry["text_nats"]) == 2
+             and all(math.isfinite(x) for x in (entry["told_at"], *entry["text_nats"])))
     if not right:
         raise ValueError("a session's entry is not as it was written")
     return entry
+
+
+def _sealed(about: dict) -> bytes:
+    """A manifest as it stands on the disk, with the sha256 of what it says."""
+    return json.dumps({"sha256": hashlib.sha256(json.dumps(about).encode()).hexdigest()} | about, indent=1).encode()
 
 
 def _blobs(factors: Factors, snapshot: Snapshot) -> tuple[bytes, bytes]:

@@ -375,6 +375,7 @@ class CTMBlock(nn.Module):
         self.engram = nn.Parameter(torch.eye(width))                        # U: from embedding space to what is added to h
         self.log_eta = nn.Parameter(torch.tensor(2.0))                      # strength of a write
         self.register_buffer("key_moment", torch.eye(c.sync) / c.sync)      # Sigma: second moment of kappa/sqrt(S) on text
+        self.register_buffer("due_moment", torch.eye(c.sync) / c.sync)      # the same where somebody's value is due
         self.register_buffer("ordinary", torch.zeros(4, 64, dtype=torch.long))      # text by which a write is judged
 
     def fresh_sync(self) -> Tensor:
@@ -600,7 +601,7 @@ class NanoCTM(nn.Module):
         alone = self._read(t, t.h[:, :, None] + t.out, targets, halt, None)
         if plastic is None or self.ctm is None:
             return alone
-        aid = t.keys @ (plastic if plastic.dim() == 2 else plastic[:, None]).mT / math.sqrt(self.ctm.config.sync)
+        aid = (t.keys.flatten(1, 2) @ plastic.mT).unflatten(1, t.keys.shape[1:3]) / math.sqrt(self.ctm.config.sync)
         aided = self._read(t, t.h[:, :, None] + (t.out + aid.to(t.out.dtype)), targets, None, alone.certainty < 0)
         aided.alone = alone
         return aided
@@ -659,11 +660,11 @@ class NanoCTM(nn.Module):
         n, K = hidden.shape[:2]
         companion = thought.tick_nats[where].argmin(-1) if other == "best" else torch.randint(K, (n,)).to(hidden.device)
         rows = torch.arange(n, device=hidden.device).repeat(2)
-        chosen = hidden[rows, torch.cat([companion, read])] if K > 1 else hidden[:, 0]
-        nats = self.cross_entropy(chosen, target.repeat(len(chosen) // n)).view(-1, n)
+        both = hidden[rows, torch.cat([companion, read])]           # the same tick twice where K is 1
+        nats = self.cross_entropy(both, target.repeat(2)).view(2, n)
         loss = nats.mean(0)
         if teacher is not None:
-            loss = (loss + self.cross_entropy(chosen, teacher[where].repeat(len(chosen) // n, 1)).view(-1, n).mean(0)) / 2
+            loss = (loss + self.cross_entropy(both, teacher[where].repeat(2, 1)).view(2, n).mean(0)) / 2
         return (loss * w).sum() / w.sum(), {"nats": nats[-1].mean().item(), "read_tick": read.float().mean().item()}
 
 

@@ -173,9 +173,10 @@ def show_one(store: Store, which: str) -> None:
 
 def look_after(model: NanoCTM) -> None:
     """--list and its siblings: one action on the store, then stop."""
-    with Store(memory_dir, model, memory == "read-only" or not (forget and Path(memory_dir).exists() or import_from), max_drift=max_drift) as store:
+    writing = memory != "read-only" and (forget and Path(memory_dir).exists() or import_from)
+    with Store(memory_dir, model, not writing, max_drift=max_drift, forget=forget) as store:
         if forget:
-            print(f"forgot {store.forget(forget)} session(s), {len(store.entries)} remain")
+            print(f"forgot {len(store.dropped)} session(s), {len(store.entries)} remain")
         if import_from:
             print(f"imported {store.import_from(import_from)} session(s)")
         if export_to:

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 import configurator
 import data
 from memory import Lived, Plastic, SessionMemory, compact_memory, dopamine, engrams, read_session, salience, salience_logit
-from model import (HEAD_ENTRIES, BackboneConfig, NanoCTM, Thought, ThoughtConfig, Ticks, at_tick, block_module, choose_device, fingerprint,
+from model import (HEAD_ENTRIES, BackboneConfig, CTMBlock, NanoCTM, Thought, ThoughtConfig, Ticks, at_tick, block_module, choose_device, fingerprint,
                    flops_per_token, load_backbone, load_graft, read_tensors, replies, save_backbone, save_graft, successors, take)
 
 # -----------------------------------------------------------------------------
@@ -97,11 +97,12 @@ through_write = True        # learn through the write; False is the control
 write_strength = 20.0       # eta at the start: |g E|^2 eta / |h| should be several nats
 write_rule = "solved"       # how factors become the memory in training: "sum", or "solved" by ridge regression
 write_ridge = 1e-3          # of the solved rule
-write_n0 = 10.0             # of the solved rule: ordinary text weighs as much as so many keys
+write_n0 = 5.0              # of the solved rule: ordinary text weighs as much as so many keys
+write_n_due = 5.0           # and as much what all keys share where a value is due
 contrast_weight = 1.0       # key where a fact was told against key where it is asked
 contrast_scale = 15.0       # of the cosines
 reading_weight = 3.0        # squared error of how much of each fact a question reads: of its own 1, of others and by strangers 0
-teacher = False             # phase 3: the backbone's own FFN teaches the mixture, half and half with the text itself
+teacher = False             # phase 3: the backbone's own FFN teaches too, half and half with the text, on steps that carry nothing
 locality_weight = 1.0       # KL on text and on people never told of, with and without the memory
 salience_weight = 0.5       # cross-entropy of salience with being a value, which somebody may ask for
 baseline_rate = 0.01        # of the running mean of y_out
@@ -272,7 +273,7 @@ def carried_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor,
     if len(parts) > 1:                                              # what was read before the cut is written, the rest is read with it
         lived, after = all_lived(thoughts), successors(parts[0])
         known = (after >= 0) & lived.real
-        plastic = written_text(model, lived, after, known) if document_write and known.any() else None
+        plastic = remembered(model, lived, after, known) if document_write and known.any() else None
         thoughts += read_in_chunks(model, parts[1], session, plastic)
     following, sizes = successors(tokens), [t.read_tick.shape[1] for t in thoughts]
     losses, reports = zip(*(model.tick_loss(t, f, w, other_tick) for t, f, w in
@@ -309,13 +310,15 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
     known, rows, root = (following >= 0) & lived.real, e.told_at[:, 0], math.sqrt(lived.key.shape[-1])
     own = telling(model, lived, following, known)
     keys, values, salient = map(torch.cat, zip(own, crowd_factors(model, crowd) if carrying else [x[:0] for x in own]))
-    minds = shared_memories(len(e.told)).to(keys.device)            # (B,) whose memory a row writes to and is asked with
-    mind = F.pad(minds[:, None].expand_as(known)[known], (0, len(keys) - len(own[0])))         # of each factor; the crowd's is the first
-    reader = written(keys, salient, model.ctm.key_moment, mind)
-    heard = (minds[:, None] == mind).float()                        # (B, factors)
-    plastic = torch.einsum("bn,nd,sn->bds", heard, values, reader) if minds.any() else values.T @ reader.T
+    mind_of_row = shared_memories(len(e.told)).to(keys.device)      # (B,) the memory that a row writes to, and is asked with
+    mind = F.pad(mind_of_row[:, None].expand_as(known)[known], (0, len(keys) - len(own[0])))   # of each factor; the crowd's is the first
+    several = bool(mind_of_row.any())
+    with torch.autocast(keys.device.type, enabled=False):           # a solved reader is no affair of bf16
+        reader = written(model.ctm, keys.float(), salient.float(), mind)
+        heard = (mind_of_row[:, None] == mind).float()              # (B, factors)
+        plastic = torch.einsum("bn,nd,sn->bds", heard, values, reader) if several else values.T @ reader.T
 
-    where = due_first(e.weight != 0, e.weight > 0) if carrying else due_first((e.weight < 0) | (e.weight > 1), e.weight > 0, 6)
+    where = due_first(e.weight != 0, 2) if carrying else due_first((e.weight < 0) | (e.weight > 1), 6, e.weight > 0)
     ticks, after = model.ticks(*model.trunk(e.asked), m=m, where=where), successors(e.asked).gather(1, where)
     thought, weight = model.measure(ticks, after, plastic), e.weight.gather(1, where)
     answers, _ = model.tick_loss(thought, after, weight, other_tick)
@@ -323,15 +326,16 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
     silent, alone = weight < 0, thought.alone
     strangers = at_tick(alone.hidden, alone.read_tick)[silent], alone.key[silent]
     nobody = silent.nonzero()[:, 0]                                 # row of each stranger
-    local = locality_loss(model, *text, plastic[0] if minds.any() else plastic)
+    local = locality_loss(model, *text, plastic[0] if several else plastic)
     if len(nobody):
-        local = local + locality_loss(model, *strangers, plastic[nobody] if minds.any() else plastic)
+        local = local + locality_loss(model, *strangers, plastic[nobody] if several else plastic)
     row, column, fact = e.asked_at[:, 0], place(where, e.asked)[*e.asked_at[:, :2].T], e.asked_at[:, 2]
     told_keys, asked_keys = lived.key[rows, at] / root, alone.key[row, column] / root
     agreement = asked_keys @ told_keys.T                            # (questions, facts) cosines
     contrast = F.cross_entropy(contrast_scale * agreement, fact)
     spot = (known.flatten().cumsum(0) - 1).view_as(known)[rows, at]         # of each fact among the factors
-    read = torch.cat([asked_keys, strangers[1] / root]) @ reader * salient * heard[torch.cat([row, nobody])]      # (questions and strangers, factors)
+    with torch.autocast(keys.device.type, enabled=False):           # (questions and strangers, factors)
+        read = torch.cat([asked_keys, strangers[1] / root]).float() @ reader * salient * heard[torch.cat([row, nobody])]
     wanted = torch.zeros_like(read)
     wanted[torch.arange(len(fact)), spot[fact]] = 1.0
     reading = (read - wanted).pow(2).sum(1).mean()
@@ -348,8 +352,9 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
 EPISODE_FIGURES = ("value_nats", "contrast", "reading", "own", "stranger", "local", "agree", "hit", "rank", "salient", "salient_facts")
 
 
+@torch.no_grad()
 def participation_ratio(keys: torch.Tensor) -> torch.Tensor:
-    """In how many directions keys (n, S) spread: (sum of variances)^2 / sum of their squares."""
+    """In how many directions keys (n, S) spread, uncentred: (sum of squared singular values)^2 / sum of their squares."""
     alike = keys @ keys.T
     return alike.trace() ** 2 / alike.pow(2).sum()
 
@@ -364,7 +369,7 @@ def told_session(model: NanoCTM, e: data.Episodes, carrying: bool) -> tuple[Live
         lived = all_lived(read_in_chunks(model, e.told, session))
         session.close()
         return lived, successors(e.told), e.news, e.told_at[:, 1], session.m
-    where = due_first(e.news > 0)
+    where = due_first(e.news > 0, 2)
     following = successors(e.told).gather(1, where)
     lived = Lived.of(model.measure(model.ticks(*model.trunk(e.told), where=where), following))
     return lived, following, e.news.gather(1, where), place(where, e.told)[*e.told_at.T], None
@@ -378,10 +383,9 @@ def telling(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.
     return key / math.sqrt(key.shape[-1]), values, salient
 
 
-def due_first(due: torch.Tensor, then: torch.Tensor | None = None, others: int = 2) -> torch.Tensor:
-    """due (B, T) bool -> positions (B, n): all that are due, and a few others by chance, of `then` before the rest."""
-    importance = 2 * due.float() if then is None else torch.where(due, 2.0, then.float())
-    return foremost(2 * importance, min(due.shape[1], int(due.sum(1).max()) + others))
+def due_first(due: torch.Tensor, others: int, then: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """due (B, T) bool -> positions (B, n): all that are due, and a few others by chance, of `then` (B, T) bool before the rest."""
+    return foremost(4.0 * due + 2.0 * then, min(due.shape[1], int(due.sum(1).max()) + others))
 
 
 @torch.no_grad()
@@ -403,17 +407,17 @@ def shared_memories(rows: int) -> torch.Tensor:
     return torch.arange(rows) % (1, 1, 4, rows)[int(torch.randint(4, ()))]
 
 
-def written(keys: torch.Tensor, salient: torch.Tensor, sigma: torch.Tensor, mind: torch.Tensor | None = None) -> torch.Tensor:
+def written(ctm: CTMBlock, keys: torch.Tensor, salient: torch.Tensor, mind: torch.Tensor | None = None) -> torch.Tensor:
     """Keys (n, S) -> the reader (S, n), with gradients: a key k reads k' reader of each factor, and W_m = values' reader'.
 
     "sum" is linear attention over the factors. "solved" is what the living rule arrives at when it may look at all
-    factors at once: W K' = V by ridge regression, ordinary text protected by its second moment sigma. mind (n,): which of
-    several memories, solved side by side, each factor belongs to.
+    factors at once: W K' = V by ridge regression, with the same protection. mind (n,): which of several memories, solved
+    side by side, each factor belongs to.
     """
     if write_rule == "sum":
         return keys.T
-    keys, salient, sigma = (x.double() for x in (keys, salient, sigma))         # small ridge, fp32 is not enough
-    prior = write_ridge * torch.eye(keys.shape[1]).to(keys) + write_n0 * sigma
+    keys, salient = keys.double(), salient.double()                 # small ridge, fp32 is not enough
+    prior = write_ridge * torch.eye(keys.shape[1]).to(keys) + write_n0 * ctm.key_moment.double() + write_n_due * ctm.due_moment.double()
     toward = torch.linalg.solve(prior, keys.T)                      # (S, n)
     alike = keys @ toward
     if mind is not None:
@@ -422,10 +426,10 @@ def written(keys: torch.Tensor, salient: torch.Tensor, sigma: torch.Tensor, mind
     return torch.linalg.solve(itself + salient[:, None] * alike, toward, left=False).float()    # values carry their salience already
 
 
-def written_text(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+def remembered(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """What was lived (B, n), as one memory W_m (D, S), with gradients."""
     keys, values, salient = telling(model, lived, following, known)
-    return values.T @ written(keys, salient, model.ctm.key_moment).T
+    return values.T @ written(model.ctm, keys, salient).T
 
 
 def locality_loss(model: NanoCTM, hidden: torch.Tensor, key: torch.Tensor, plastic: torch.Tensor, most: int = 128) -> torch.Tensor:
@@ -454,14 +458,28 @@ def apply_baseline(model: NanoCTM, report: dict, step: int, world: int) -> None:
 
 
 @torch.no_grad()
-def apply_key_moment(model: NanoCTM, kinds: list[torch.Tensor], step: int, world: int) -> None:
-    """Move Sigma towards the second moment of kappa/sqrt(S), the mean over kinds of keys (n, S): those of ordinary reading, and
-    those at which somebody's value is due. What all of them share is nobody's own: a write along it would reach strangers."""
-    moment = sum(key.T @ key / key.shape[1] / len(key) for key in kinds) / len(kinds)
+def apply_moment(moment: torch.Tensor, key: torch.Tensor, before: int, world: int) -> None:
+    """Move a running second moment (S, S) towards that of these keys (n, S), as unit vectors; before: how often it was moved."""
+    found = key.T @ key / key.shape[1] / len(key)
     if world > 1:
-        dist.all_reduce(moment)
-        moment = moment / world
-    model.ctm.key_moment.lerp_(moment, max(2 * baseline_rate, 1 / (1 + step * carry_share)))
+        dist.all_reduce(found)
+        found = found / world
+    moment.lerp_(found, max(2 * baseline_rate, 1 / (1 + before)))
+
+
+@torch.no_grad()
+def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str, batches: int = 12) -> None:
+    """Once the block is trained: both second moments anew, on so many batches of training material, none of it seen by the running means."""
+    reading, due = [], []
+    for i in range(batches):
+        rows, e = (tuple(torch.from_numpy(x).to(device) for x in made) for made in (mixture.batch(2, max_steps, i), mixture.episodes(64, max_steps, i)))
+        thought = model(rows[0])
+        reading.append(thought.key[thought.real])
+        for tokens, wanted in ((e[0], e[1] > 0), (e[2], (e[3] > 1) | (e[3] < 0))):             # told, asked
+            where = foremost(wanted.float(), int(wanted.sum(1).max()))
+            due.append(model(tokens, where=where).key[wanted.gather(1, where)])
+    apply_moment(model.ctm.key_moment, torch.cat(reading), 0, 1)
+    apply_moment(model.ctm.due_moment, torch.cat(due), 0, 1)
 
 
 # -----------------------------------------------------------------------------
@@ -686,7 +704,11 @@ def main() -> None:
         if "y_out" in report:
             apply_baseline(model, report, step, world)
         if "key" in report:
-            apply_key_moment(model, [report[k] for k in ("key", "due") if k in report], step, world)
+            apply_moment(model.ctm.key_moment, report["key"], int(step * carry_share), world)
+        if "due" in report:
+            apply_moment(model.ctm.due_moment, report["due"], step, world)
+        if phase == 3 and step + 1 == max_steps:
+            measure_moments(model, mixture, where)
 
         done = step + 1
         busy, counted = busy + time.time() - clock, counted + 1     # norm and loss were read: the device has finished

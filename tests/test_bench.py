@@ -57,3 +57,37 @@ def test_a_random_write_and_deranged_facts_recall_nothing_where_the_write_recall
     lies = mind.write(told(bench.deranged(world, facts)))
     assert mind.recall(world, facts, written) >= 0.6
     assert max(mind.recall(world, facts, other) for other in (None, random, lies)) <= 0.1
+
+
+# -----------------------------------------------------------------------------
+# the store under fire
+
+@pytest.fixture
+def fire(tmp_path) -> bench.Fire:
+    torch.set_num_threads(1)
+    return bench.Fire(tmp_path, sessions=4)
+
+
+def test_twenty_kills_lose_nothing_and_leave_nothing_by_halves(fire):
+    found = bench.killed_at_random(fire, 20, seed=5)
+    assert found["kills"] == 20 and sum(found["interrupted"].values()) > 5
+    assert not found["died_of_something_else"] and not found["unreadable"] and not found["half_written"] and not found["lost_sessions"]
+
+
+def test_a_store_that_loses_a_session_is_found_out(fire, monkeypatch):
+    """The bench itself, against a store that says it has kept what it has not."""
+    monkeypatch.setattr(bench.Store, "_replace_manifest", lambda store, entries: None if entries else KEEP(store, entries))
+    found = bench.killed_at_random(fire, 6, seed=5) if fire else {}
+    assert found["lost_sessions"] > 0
+
+
+KEEP = bench.Store._replace_manifest
+
+
+def test_no_lie_is_imported_and_a_full_disk_refuses(fire):
+    found = bench.bad_imports(fire)
+    assert found["bad_imports"] == 20 and not found["accepted"] and not found["outside_writes"] and not found["bad_imports_spoiled_the_store"]
+    found = bench.hostile_disk(fire)
+    for name, attempts in (("disk_full", 6), ("read_only", 1)):
+        assert found[name] == {"refused": attempts, "attempts": attempts, "exit": 0, "as_before": True}
+    assert found["second_writer_refused"]

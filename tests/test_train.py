@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train as training
-from model import BackboneConfig, NanoCTM, ThoughtConfig, flops_per_token
+from model import BackboneConfig, CTMBlock, NanoCTM, ThoughtConfig, flops_per_token
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--hidden_size=32 --intermediate_size=48 --num_hidden_layers=2 --num_attention_heads=2 --num_key_value_heads=1 --head_dim=16 "
@@ -100,7 +100,7 @@ def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted):
     for name in ("graft.safetensors", "optimizer.safetensors"):
         assert same_files(world / "m1/last" / name, world / "m2/last" / name)
     before, after = (load_file(world / f"{run}/last/graft.safetensors") for run in ("g1", "m1"))
-    for name in ("salience_weight", "engram", "log_half_life", "sync_out.rho_raw", "key_moment", "synapse.down.0.weight"):
+    for name in ("salience_weight", "engram", "log_half_life", "sync_out.rho_raw", "key_moment", "due_moment", "synapse.down.0.weight"):
         assert not torch.equal(before[name], after[name]), name
     assert after["ordinary"].any() and torch.linalg.eigvalsh(after["key_moment"]).min() > -1e-6
     log = [json.loads(line) for line in (world / "m1/log.jsonl").read_text().splitlines()]
@@ -112,11 +112,13 @@ def test_memories_solved_side_by_side_are_those_solved_apart(minds):
     """And each is the ridge regression of its own factors, weighted by their salience: W = V K (K' s K + ridge + n0 Sigma)^-1."""
     torch.manual_seed(minds)
     keys, values, salient = torch.nn.functional.normalize(torch.randn(10, 24)), torch.randn(10, 6), torch.rand(10)
-    sigma, mind = torch.eye(24) / 24, torch.arange(10) % minds
-    together = training.written(keys, salient, sigma, mind)
+    ctm, mind = CTMBlock(8, ThoughtConfig(sync=24, head_dim=8), 1e-6), torch.arange(10) % minds
+    ctm.due_moment.copy_(keys[:3].T @ keys[:3] / 3)
+    together = training.written(ctm, keys, salient, mind)
     for one in range(minds):
         k, v, s = (x[mind == one].double() for x in (keys, values, salient))
-        taken = k.T @ (k * s[:, None]) + training.write_ridge * torch.eye(24) + training.write_n0 * sigma
+        common = training.write_n0 * ctm.key_moment + training.write_n_due * ctm.due_moment
+        taken = k.T @ (k * s[:, None]) + training.write_ridge * torch.eye(24) + common
         expected = torch.linalg.solve(taken, k.T @ v).T
         assert torch.allclose(values[mind == one].T @ together[:, mind == one].T, expected.float(), atol=1e-4)
     assert training.participation_ratio(torch.eye(24)[:7]) == pytest.approx(7)
