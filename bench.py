@@ -1,7 +1,7 @@
 """Every number that the README claims, measured again.
 
     python bench.py quality             # the tiny weights, about a minute
-    python bench.py quality --full      # and the question "depth or thinking time?", trained on the spot (an hour)
+    python bench.py quality --full      # and the question "depth or thinking time?", trained on the spot (half an hour)
     python bench.py memory              # recall from weights after a restart, against other ways, ten minutes
     python bench.py endurance           # the store under fire: kills, flipped bytes, lies, full disks, ten minutes
     python bench.py card                # after `make tiny`: copy what was trained into weights/, with its card
@@ -59,7 +59,7 @@ T = 256                                     # tokens per window
 questions = 100                             # per seed and number of facts
 kills = 300                                 # of `endurance`
 full = False                                # also train the arms of "depth or thinking time?"
-full_steps = 400                            # steps per arm and seed
+full_steps = 250                            # steps per arm and seed
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -241,7 +241,7 @@ def depth_or_ticks() -> dict:
     transformer with as many layers as cost at least as much per token, FFN included.
     """
     from dataclasses import replace
-    words, shape = data.Tokenizer(tokenizer), load_graft(base, Path(graft))
+    shape = load_graft(base, Path(graft))
     b, c = shape.backbone.config, replace(shape.ctm.config, ticks=4)
     def cost(layers: int, thinking: bool) -> int:
         f = flops_per_token(replace(b, num_hidden_layers=layers), c, T)
@@ -249,16 +249,26 @@ def depth_or_ticks() -> dict:
     thinker = cost(b.num_hidden_layers, True)
     layers = next(n for n in range(1, 100) if cost(n, False) >= thinker)
     arms = {f"ticks: {b.num_hidden_layers} layers, K=4": (b, "ctm"), f"depth: {layers} layers": (replace(b, num_hidden_layers=layers), "ffn")}
-    train, val = (words.encode("".join(pieces)) for pieces in data.split_documents(data.tiny_documents()))
     result = {"flops_per_token": {"ticks": thinker, "depth": cost(layers, False)}, "steps": full_steps}
-    for arm, (config, block) in arms.items():
-        result[arm] = spread([train_from_nothing(config, c, block, words, train, val, seed) for seed in range(seeds)])
-        print(f"{arm:28s} {result[arm]['mean']:9.4f} {result[arm]['sd']:8.4f}", flush=True)
+    with one_process_each(2 * seeds) as pool:
+        runs = {arm: [pool.submit(train_from_nothing, config, c, block, seed, tokenizer, full_steps) for seed in range(seeds)]
+                for arm, (config, block) in arms.items()}
+        for arm, done in runs.items():
+            result[arm] = spread([run.result() for run in done])
+            print(f"{arm:28s} {result[arm]['mean']:9.4f} {result[arm]['sd']:8.4f}", flush=True)
     return result
 
 
-def train_from_nothing(config: BackboneConfig, c: ThoughtConfig, block: str, words, train, val, seed: int) -> float:
-    """Held-out nats per token after `full_steps` steps of 8 windows, everything learning."""
+def one_process_each(tasks: int) -> ProcessPoolExecutor:
+    """As many single-threaded processes as there are cores, or tasks."""
+    return ProcessPoolExecutor(min(tasks, os.cpu_count() or 1), multiprocessing.get_context("spawn"), initializer=torch.set_num_threads,
+                               initargs=(1,))
+
+
+def train_from_nothing(config: BackboneConfig, c: ThoughtConfig, block: str, seed: int, tokenizer: str, full_steps: int) -> float:
+    """Held-out nats per token after so many steps of 8 windows, everything learning."""
+    words = data.Tokenizer(tokenizer)
+    train, val = (words.encode("".join(pieces)) for pieces in data.split_documents(data.tiny_documents()))
     torch.manual_seed(seed)
     model = NanoCTM(config, c, block)
     model.backbone.initialise()
@@ -658,7 +668,7 @@ def memory_sample(seed: int, settings: dict) -> dict:
 def untrained_recall(mind: Mind, seed: int) -> float:
     """The same 100 facts written into the block as phase 2 left it, which nothing taught salience, strength or Sigma: every token
     counts, at the trained block's strength, and Sigma is measured on training text."""
-    before = Mind(thinking, threshold=0.0, budget=1000)
+    before = Mind(thinking, threshold=0.0, budget=1000, expected=0.0)
     before.ctm.log_eta.data.copy_(mind.ctm.log_eta + math.log(2))   # its salience is one half
     keys = before.model(before.ctm.ordinary).key.flatten(0, 1)
     before.ctm.key_moment.copy_(keys.T @ keys / len(keys) / keys.shape[1])
@@ -672,8 +682,7 @@ def memory() -> dict:
         raise ValueError("--picture expected the optional package matplotlib, found none: pip install matplotlib")
     mind = Mind()
     held_out = HeldOut(mind.words)
-    with ProcessPoolExecutor(min(seeds, os.cpu_count() or 1), multiprocessing.get_context("spawn"), initializer=torch.set_num_threads,
-                             initargs=(1,)) as pool:                # a seed per process
+    with one_process_each(seeds) as pool:
         samples = list(pool.map(memory_sample, range(seeds), [{k: globals()[k] for k in SAMPLE_SETTINGS}] * seeds))
     found = {k: spread([s[k] for s in samples]) for k in samples[0]}
     v = {k: x["mean"] for k, x in found.items()}

@@ -119,10 +119,11 @@ class SessionMemory:
     The model itself only ever sees `m` (B, 2, S). With gradients on, they flow through m across chunks.
     """
 
-    def __init__(self, model: NanoCTM, rows: int, chunk: int = 32, threshold: float = 0.5, budget: int = 64):
+    def __init__(self, model: NanoCTM, rows: int, chunk: int = 32, threshold: float = 0.5, budget: int = 64, expected: float = 0.1):
+        """threshold of salience; budget: factors at most; expected: what surprised by fewer nats is no news, and takes no room."""
         if model.ctm is None:
             raise ValueError("expected a model with a CTM block, found one without: a session has nothing to carry there")
-        self.model, self.rows, self.chunk, self.threshold, self.budget = model, rows, chunk, threshold, budget
+        self.model, self.rows, self.chunk, self.threshold, self.budget, self.expected = model, rows, chunk, threshold, budget, expected
         self.start()
 
     def start(self, warm: Tensor | None = None) -> None:
@@ -199,11 +200,12 @@ class SessionMemory:
 
     @torch.no_grad()
     def _mark(self, lived: Lived, next_tokens: Tensor, eligible: Tensor, surprise: Tensor, reward: Tensor) -> None:
-        """Keep the factors of what is salient."""
+        """Keep the factors of what is salient and was not expected."""
         salient = salience(self.model.ctm, lived.key)
+        eligible = eligible & (salient > self.threshold) & (surprise > self.expected)
         position = self.position[:, None] + lived.real.long().cumsum(1) - 1
-        for b in (eligible & (salient > self.threshold)).any(1).nonzero()[:, 0].tolist():
-            here = (eligible[b] & (salient[b] > self.threshold)).nonzero()[:, 0]
+        for b in eligible.any(1).nonzero()[:, 0].tolist():
+            here = eligible[b].nonzero()[:, 0]
             value = engrams(self.model, lived.hidden[b, here], next_tokens[b, here], reward[b, here] * salient[b, here])
             key = lived.key[b, here] / math.sqrt(lived.key.shape[-1])
             self.kept[b].append(Factors(key, value, surprise[b, here], reward[b, here], salient[b, here], position[b, here],

@@ -117,6 +117,13 @@ def test_factors_do_not_depend_on_what_is_stored(model):
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1]))
 
 
+def test_what_was_expected_takes_no_room(model):
+    _, everything = read_session(model, some_tokens(model, 1, 30), threshold=0.0, expected=0.0)
+    middle = float(everything[0].surprise.median())
+    _, news = read_session(model, some_tokens(model, 1, 30), threshold=0.0, expected=middle)
+    assert len(everything[0].keys) == 29 and news[0].position.tolist() == everything[0].position[everything[0].surprise > middle].tolist()
+
+
 def test_the_budget_keeps_the_strongest(model):
     session, factors = read_session(model, some_tokens(model, 1, 30), threshold=0.0, budget=7)
     _, everything = read_session(model, some_tokens(model, 1, 30), threshold=0.0)
