@@ -23,6 +23,7 @@ Letters: B batch, T tokens, S sync channels, D width, C carry chunk, n tokens of
 """
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -556,13 +557,13 @@ class Store:
         """Files first, flushed; then the manifest; then memory."""
         if self.read_only:
             raise ValueError("expected a store open for writing, found --memory=read-only: use --memory=on to keep this")
-        entries = list(self.entries)
+        entries, taken = list(self.entries), {e["id"] for e in self.entries}
         for entry, factors, snapshot in sessions:
             blobs = dict(zip(("sessions", "snapshots"), _blobs(factors, snapshot)))
             entry["sha256"], entry["snapshot_sha256"] = (hashlib.sha256(b).hexdigest() for b in blobs.values())
             name = hashlib.sha256(blobs["sessions"] + blobs["snapshots"]).hexdigest()[:12]
-            taken = {e["id"] for e in entries}
-            entry["id"] = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6))) if n not in taken)
+            entry["id"] = name if name not in taken else next(n for i in itertools.count(2) if (n := f"{name}-{i}") not in taken)
+            taken.add(entry["id"])
             for kind, blob in blobs.items():
                 (self.folder / kind).mkdir(mode=0o700, exist_ok=True)
                 _write_durably(self.folder / kind / f"{entry['id']}.safetensors", blob)
