@@ -778,7 +778,7 @@ def live_on(fire: Fire, name: str, exported: Path, luck: int, say) -> None:
             say("done " + " ".join(e["id"] for e in store.entries))
 
 
-def killed_at_random(fire: Fire, times: int, seed: int) -> dict:
+def killed_at_random(fire: Fire, times: int, seed: int, within_s: float = 1.0) -> dict:
     """Children live on and are killed at a random instant; all that they had finished must be there, and nothing by halves."""
     chance, known = random.Random(seed), []                         # known: ids that must be there
     bits, exported = [_bits(factors) for factors, _, _ in fire.told], fire.folder / "three.safetensors"
@@ -789,7 +789,7 @@ def killed_at_random(fire: Fire, times: int, seed: int) -> dict:
     found = {"kills": 0, "died_of_something_else": 0, "unreadable": 0, "half_written": 0, "lost_sessions": 0,
              "interrupted": {"tell": 0, "forget": 0, "import": 0}}
     for i in range(times):
-        said, code = in_child(lambda say: live_on(fire, "killed", exported, seed * 10**6 + i, say), chance.uniform(0.0, 1.0))
+        said, code = in_child(lambda say: live_on(fire, "killed", exported, seed * 10**6 + i, say), chance.uniform(0.0, within_s))
         found["kills" if code == -signal.SIGKILL else "died_of_something_else"] += 1
         known = next((line.split()[1:] for line in reversed(said) if line.startswith("done")), known)
         pending = said[-1].split()[1:] if said and said[-1].startswith("begin") else [""]

@@ -304,8 +304,8 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors, rule: Writ
     weight = weight * homeostasis(ctm, weight, rule)
     if flawed or not torch.isfinite(weight).all():
         raise ValueError("expected a finite memory, found one that is not: the session is not written, all others are as before")
-    free = free - (toward / (steps ** 2)[:, None]).T @ toward
-    return Plastic(weight, (free + free.T) / 2)                     # what rounding leaves asymmetric would grow with every inversion
+    toward = toward / steps[:, None]
+    return Plastic(weight, torch.addmm(free, toward.T, toward, alpha=-1))
 
 
 def room_left(ctm: CTMBlock, free: Tensor | None, rule: WriteRule) -> Tensor:
@@ -314,7 +314,9 @@ def room_left(ctm: CTMBlock, free: Tensor | None, rule: WriteRule) -> Tensor:
         return free
     common = rule.n0 * ctm.key_moment.double() + rule.n_due * ctm.due_moment.double()
     prior = common.cpu() + rule.ridge * torch.eye(ctm.config.sync, dtype=torch.float64)
-    return torch.linalg.inv(prior if free is None else prior + rule.fade * (torch.linalg.inv(free) - prior))
+    if free is not None:                                            # what rounding leaves asymmetric would grow with every inversion
+        prior = prior + rule.fade * (torch.linalg.inv((free + free.T) / 2) - prior)
+    return torch.linalg.inv(prior)
 
 
 def homeostasis(ctm: CTMBlock, weight: Tensor, rule: WriteRule) -> float:

@@ -102,7 +102,7 @@ write_n_due = 5.0           # and as much what all keys share where a value is d
 contrast_weight = 1.0       # key where a fact was told against key where it is asked
 contrast_scale = 15.0       # of the cosines
 reading_weight = 3.0        # squared error of how much of each fact a question reads: of its own 1, of others and by strangers 0
-teacher = False             # phase 3: the backbone's own FFN teaches too, half and half with the text, on steps that carry nothing
+teacher = False             # phases 2, 3: the backbone's own FFN teaches too, half and half with the text, on steps that carry nothing
 locality_weight = 1.0       # KL on text and on people never told of, with and without the memory
 salience_weight = 0.5       # cross-entropy of salience with being a value, which somebody may ask for
 baseline_rate = 0.01        # of the running mean of y_out
@@ -627,6 +627,8 @@ def check_settings() -> None:
         raise ValueError(f"expected phase 1, 2 or 3, found {phase}: phase 4 is living, see sample.py --memory on")
     if phase == 3 and block != "ctm":
         raise ValueError(f"expected block 'ctm' in phase 3, found {block!r}: only the CTM block has keys to write to")
+    if teacher and (phase == 1 or block != "ctm"):
+        raise ValueError(f"expected teacher only where a CTM block learns, found phase {phase} with block {block!r}: set --teacher=False")
     if other_tick not in ("any", "best"):
         raise ValueError(f"expected other_tick 'any' or 'best', found {other_tick!r}: choose one of the two")
     if write_rule not in ("sum", "solved"):

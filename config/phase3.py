@@ -14,6 +14,7 @@ B = 2
 T = 1024
 carry_rows = 1
 document_write = True
+teacher = True
 accumulation = 4
 episode_facts = 64
 carry_facts = 16

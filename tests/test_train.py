@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -145,18 +146,33 @@ def test_the_control_trains_the_layers_own_ffn(world):
     assert load_file(world / "ffn/last/graft.safetensors").keys() == {f"{n}_proj.weight" for n in ("up", "gate", "down")}
 
 
-@pytest.mark.parametrize("extra, said", [
-    (["--base=nowhere/at/all/x"], "expected a Qwen3 folder or a reachable Hugging Face name"),
-    (["--base="], "run `python train.py config/tiny_phase1.py` first"),
-    (["--text=nowhere"], "run `python data.py"),
-    (["--resume"], "--resume expected a checkpoint in"),
-    (["--lr=1e30", "--clip=1e30", "--imitation_steps=0"], "no checkpoint yet"),
-    (["--block_head_dim=13"], "must divide the width"), (["--block=mlp"], "expected block 'ctm', 'ffn' or 'none'"),
-    (["--T=4000"], "give more text or a smaller T"), (["--phase=4"], "expected phase 1, 2 or 3"), (["--phase=3"], "--graft=out/tiny_phase2"),
-    (["--write_rule=product"], "expected write_rule 'sum' or 'solved'"), (["--B=0"], "expected B of at least 1"),
-    (["--device=gpu"], "expected device cpu")])
-def test_bad_input_ends_with_one_line(world, extra, said):
-    run = phase2(world, "bad", *extra)
+BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Hugging Face name"),
+       ("--base=", "run `python train.py config/tiny_phase1.py` first"),
+       ("--text=nowhere", "run `python data.py"),
+       ("--resume", "--resume expected a checkpoint in"),
+       ("--lr=1e30 --clip=1e30 --imitation_steps=0", "no checkpoint yet"),
+       ("--block_head_dim=13", "must divide the width"),
+       ("--block=mlp", "expected block 'ctm', 'ffn' or 'none'"),
+       ("--T=4000", "give more text or a smaller T"),
+       ("--phase=4", "expected phase 1, 2 or 3"),
+       ("--phase=3", "--graft=out/tiny_phase2"),
+       ("--write_rule=product", "expected write_rule 'sum' or 'solved'"),
+       ("--B=0", "expected B of at least 1"),
+       ("--teacher=True --block=ffn", "expected teacher only where"),
+       ("--device=gpu", "expected device cpu")]
+
+
+@pytest.fixture(scope="module")
+def refused(world) -> dict[str, subprocess.CompletedProcess]:
+    """All of them at once, a process per core: what takes time is starting Python."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = pool.map(lambda extra: phase2(world, "bad " + extra.replace("/", " "), *extra.split()), (extra for extra, _ in BAD))
+        return dict(zip((extra for extra, _ in BAD), runs))
+
+
+@pytest.mark.parametrize("extra, said", BAD)
+def test_bad_input_ends_with_one_line(refused, extra, said):
+    run = refused[extra]
     assert run.returncode in (1, 2) and run.stderr.count("error:") == 1 and said in run.stderr, run.stderr
 
 
