@@ -578,7 +578,7 @@ class Mixture:
     def episodes(self, n_facts: int, *key: int) -> "Episodes":
         """About `n_facts` told in sessions of one size, at most 6 a session asked in a fresh context.
 
-        Every other time the names share a few first syllables. Sessions that ask also ask about up to two people whom no
+        Every other time the names share a few first syllables. Sessions that ask also ask about up to four people whom no
         row told of, under names that are nearly told. Some values are spliced from two words, so that they have several
         pieces, as held-out ones do.
         """
@@ -600,7 +600,7 @@ class Mixture:
             told.append((ids, weights))
             told_at += [(row, values[f]) for f in own]
             questions = rng.sample(own, min(size, 6))
-            strangers = [world.near_miss(f, people) for f in questions[:2] if rng.random() < 2 / 3]
+            strangers = [world.near_miss(f, people) for f in questions[:4] if rng.random() < 2 / 3]
             pieces = world.asked(rng.sample(questions + strangers, len(questions + strangers)))
             ids, weights, values = self._marked([p._replace(weight=0.0) if p.fact in strangers else p for p in pieces])
             for f in strangers:                                     # nothing was told: nothing is learned, all stays as it is

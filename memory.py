@@ -72,8 +72,8 @@ def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, weight: Tensor)
 
 class Factors(NamedTuple):
     """What one session tells the weights, in the order lived."""
-    keys: Tensor                # (n, S) fp32, unit length
-    values: Tensor              # (n, D) fp32
+    keys: Tensor                # (n, S) fp32, unit length; in a store int8, sixteenths of kappa
+    values: Tensor              # (n, D) fp32; in a store fp16
     surprise: Tensor            # (n,) nats
     dopamine: Tensor            # (n,)
     salience: Tensor            # (n,)
@@ -84,8 +84,13 @@ class Factors(NamedTuple):
         return Factors(*(x[chosen] for x in self))
 
     def rounded(self) -> "Factors":
-        """As a store holds them, and writes them: keys and values in fp16, which halves a session."""
-        return self._replace(keys=self.keys.half(), values=self.values.half())
+        """As a store holds them, and writes them: a third of the bytes. Sixteenths are 2 % of kappa's unit RMS, and 7.9 is its end."""
+        sixteenths = (16 * math.sqrt(self.keys.shape[-1]) * self.keys).round().clamp(-127, 127)
+        return self._replace(keys=sixteenths.to(torch.int8), values=self.values.half())
+
+    def unit_keys(self) -> Tensor:
+        """(n, S) fp64, of unit length but for rounding."""
+        return self.keys.double() / (16 * math.sqrt(self.keys.shape[-1]) if self.keys.dtype == torch.int8 else 1)
 
 
 # -----------------------------------------------------------------------------
@@ -289,7 +294,7 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors, rule: Writ
     row i of L^-1 K P is P_i k_i, with P as it stood when token i was written, and the delta rule is one triangular solve more.
     ValueError, and nothing written, when anything is not finite.
     """
-    keys, values, weight = factors.keys.double().cpu(), factors.values.double().cpu(), plastic.weight
+    keys, values, weight = factors.unit_keys().cpu(), factors.values.double().cpu(), plastic.weight
     if plastic.free is None and weight.any():
         raise ValueError("expected a memory with its free key space, found W_m alone: it can be read and not written to")
     same, free = torch.eye(len(keys), dtype=torch.float64), room_left(ctm, plastic.free, rule)
@@ -357,7 +362,8 @@ class OrdinaryText:
 # -----------------------------------------------------------------------------
 # the store: what outlives the process
 
-FORMAT = 2                                  # of the manifest and of exported files
+FORMAT = 3                                  # of the manifest and of exported files
+BLOCK = 64                                  # factors of several sessions written as one
 DAMAGE = (KeyError, TypeError, ValueError, OverflowError, RecursionError)       # of JSON that is not what it claims; ValueError: UTF-8 too
 
 
@@ -388,7 +394,7 @@ class Store:
         """forget: sessions to drop unread, damaged ones too: an id, an unambiguous beginning of it, or "all"."""
         self.folder, self.model, self.read_only, self.rule, self.max_drift = Path(folder), model, read_only, rule, max_drift
         self.base = f"{backbone_hash(model)}-{fingerprint(model.ctm)}"
-        self._text, self._lock = text, None
+        self._text, self._lock, self._full = text, None, (0, Plastic.blank(model.ctm))
         if self._holds_something() and not (self.folder / "manifest.json").is_file():
             raise ValueError(f"expected a memory or a new folder at {self.folder}, found other files: choose another --memory_dir")
         if read_only and not self._holds_something():
@@ -402,7 +408,7 @@ class Store:
             self.dropped = self._chosen(forget) if forget else []
             self.entries = [e for e in self.entries if e not in self.dropped]
             self.factors = [self._load(e) for e in self.entries]
-            self._plastic = self._written(self.factors)
+            self._plastic, self._full = self._written(self.factors, self._full)
             if self.dropped:
                 self._replace_manifest(self.entries)
             if not read_only:                                       # only once all that is named was found whole
@@ -466,7 +472,7 @@ class Store:
         snapshot = Snapshot(*(x.detach().float().cpu() for x in snapshot))
         if not all(torch.isfinite(x).all() for x in (*factors, *snapshot)):
             raise ValueError("expected a finite session, found values that are not: nothing is written, the store is as before")
-        plastic = compact_memory(self.model.ctm, self._plastic, factors, self.rule)
+        plastic, full = self._written([*self.factors, factors], self._full)
         before, after = self.text.nats(self._plastic.weight), self.text.nats(plastic.weight)
         if not after - before <= self.max_drift:
             raise ValueError(f"expected a session that costs ordinary text at most {self.max_drift} nats, found {after - before:+.2f} "
@@ -474,16 +480,16 @@ class Store:
         entry = {"id": "", "told_at": time.time(), "tokens": tokens, "factors": len(factors.keys),
                  "text_nats": [round(before, 4), round(after, 4)]}
         self._add([(entry, factors, snapshot)])
-        self._plastic = plastic
+        self._plastic, self._full = plastic, full
         return entry
 
     def forget(self, which: str) -> int:
         """Forget one session by its id (or an unambiguous beginning of it), or "all"; -> how many. The rest is written anew."""
         gone = self._chosen(which)
         living = [(e, f) for e, f in zip(self.entries, self.factors) if e not in gone]
-        plastic = self._written([f for _, f in living])
+        plastic, full = self._written([f for _, f in living], (0, Plastic.blank(self.model.ctm)))
         self._replace_manifest([e for e, _ in living])
-        self.entries, self.factors, self._plastic = [e for e, _ in living], [f for _, f in living], plastic
+        self.entries, self.factors, self._plastic, self._full = [e for e, _ in living], [f for _, f in living], plastic, full
         self._remove_orphans()
         return len(gone)
 
@@ -536,24 +542,33 @@ class Store:
             if found not in present:
                 fresh = {k: entry[k] for k in ("told_at", "tokens", "text_nats")}
                 new.append(({"id": "", **fresh, "factors": len(factors.keys)}, factors, snapshot))
-        plastic = self._plastic
-        for _, factors, _ in new:
-            plastic = compact_memory(self.model.ctm, plastic, factors, self.rule)
+        plastic, full = self._written([*self.factors, *(f for _, f, _ in new)], self._full)
         before, after = self.text.nats(self._plastic.weight), self.text.nats(plastic.weight)
         if not after - before <= self.max_drift:
             raise ValueError(f"{file}: expected a memory that costs ordinary text at most {self.max_drift} nats, found "
                              f"{after - before:+.2f}: nothing is imported; raise --max_drift to insist")
         self._add(new)
-        self._plastic = plastic
+        self._plastic, self._full = plastic, full
         return len(new)
 
     # -- the disk
 
-    def _written(self, sessions: list[Factors]) -> Plastic:
-        plastic = Plastic.blank(self.model.ctm)
-        for factors in sessions:
-            plastic = compact_memory(self.model.ctm, plastic, factors, self.rule)
-        return plastic
+    def _written(self, sessions: list[Factors], full: tuple[int, Plastic]) -> tuple[Plastic, tuple[int, Plastic]]:
+        """The memory that these sessions make, and `full`: how many of them fill whole blocks, and the memory these make.
+
+        A block is one factorisation, of BLOCK factors or more, or a session where the rule looks at each: opening a thousand
+        sessions takes seconds, and every way to the same sessions ends in the same bits. Goes on from `full`.
+        """
+        each = self.rule.fade < 1 or math.isfinite(self.rule.cap) or math.isfinite(self.rule.norm_cap)
+        (done, plastic), block = full, []
+        for factors in sessions[done:]:
+            block.append(factors)
+            if each or sum(len(f.keys) for f in block) >= BLOCK:
+                plastic, done, block = self._compacted(plastic, block), done + len(block), []
+        return self._compacted(plastic, block) if block else plastic, (done, plastic)
+
+    def _compacted(self, plastic: Plastic, block: list[Factors]) -> Plastic:
+        return compact_memory(self.model.ctm, plastic, Factors(*map(torch.cat, zip(*block))), self.rule)
 
     def _add(self, sessions: list[tuple[dict, Factors, Snapshot]]) -> None:
         """Files first, flushed; then the manifest; then memory."""
@@ -621,7 +636,7 @@ class Store:
         D, S = self.model.ctm.c_proj.weight.shape
         n = len(factors["keys"]) if factors and "keys" in factors else 0
         shapes = {"keys": (n, S), "values": (n, D), **{k: (n,) for k in Factors._fields[2:]}}
-        types = {"keys": torch.float16, "values": torch.float16, "position": torch.int64, "tick": torch.int64}
+        types = {"keys": torch.int8, "values": torch.float16, "position": torch.int64, "tick": torch.int64}
         for given, wanted in ((factors, shapes), (snapshot, {"alpha": (2, S), "beta": (2, S), "about": (D,)})):
             if given is None:
                 continue

@@ -86,12 +86,14 @@ inherited_share = 0.3       # phases 2, 3: steps that start from an earlier sess
 # phase 3
 graft = ""                  # the thinking block to start from
 chunk = 32                  # C: tokens between two renewals of the carried sync
-carry_rows = 2              # rows of the mixture on the steps that read it chunk by chunk, gradients through the carry
+carry_rows = 4              # rows of the mixture on the steps that read it chunk by chunk, gradients through the carry
 carry_share = 0.25          # these steps; on the others nothing is carried
-cut_share = 0.5             # of the carrying steps: the context is dropped half-way, the sync goes on
-document_write = False      # at a cut, the first half is written too and the second read with it: long text as sessions
+cut_share = 0.75            # of the carrying steps: the context is dropped between contexts, the sync goes on
+cut_contexts = 4            # a row is cut into so many contexts
+document_write = False      # at a cut, what was read is written too and the rest read with it: long text as sessions
 episode_facts = 64          # told a step and process, in sessions that share one memory, and asked in others
 carry_facts = 24            # the same on carrying steps, where every token told thinks; the rest is told without gradients
+crowd_facts = 64            # beside them, known to the same memory and told without gradients
 episode_weight = 0.5        # of all that episodes teach, beside the mixture
 through_write = True        # learn through the write; False is the control
 write_strength = 20.0       # eta at the start: |g E|^2 eta / |h| should be several nats
@@ -267,14 +269,15 @@ def carried_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor,
     session, turn = SessionMemory(model, len(tokens), chunk), int(step * carry_share)       # turn: which carrying step
     if share_of_steps(inherited_share, turn):
         session.start(inherited_sync(model, before))
-    half = tokens.shape[1] // 2
-    parts = (tokens[:, :half], tokens[:, half:]) if share_of_steps(cut_share, turn) else (tokens,)      # a part is a context
-    thoughts = read_in_chunks(model, parts[0], session)
-    if len(parts) > 1:                                              # what was read before the cut is written, the rest is read with it
-        lived, after = all_lived(thoughts), successors(parts[0])
-        known = (after >= 0) & lived.real
-        plastic = remembered(model, lived, after, known) if document_write and known.any() else None
-        thoughts += read_in_chunks(model, parts[1], session, plastic)
+    T = tokens.shape[1]
+    contexts, thoughts = tokens.split(-(-T // cut_contexts) if share_of_steps(cut_share, turn) else T, 1), []
+    for i, context in enumerate(contexts):
+        plastic = None
+        if document_write and i:                                    # what was read before the cut is written, the rest is read with it
+            lived, after = all_lived(thoughts), torch.cat([successors(c) for c in contexts[:i]], 1)
+            known = (after >= 0) & lived.real
+            plastic = remembered(model, lived, after, known) if known.any() else None
+        thoughts += read_in_chunks(model, context, session, plastic)
     following, sizes = successors(tokens), [t.read_tick.shape[1] for t in thoughts]
     losses, reports = zip(*(model.tick_loss(t, f, w, other_tick) for t, f, w in
                             zip(thoughts, following.split(sizes, 1), weight.split(sizes, 1)) if (w > 0).any()))
@@ -309,7 +312,7 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
     lived, following, news, at, m = told_session(model, e, carrying)
     known, rows, root = (following >= 0) & lived.real, e.told_at[:, 0], math.sqrt(lived.key.shape[-1])
     own = telling(model, lived, following, known)
-    keys, values, salient = map(torch.cat, zip(own, crowd_factors(model, crowd) if carrying else [x[:0] for x in own]))
+    keys, values, salient = map(torch.cat, zip(own, crowd_factors(model, crowd)))
     mind_of_row = shared_memories(len(e.told)).to(keys.device)      # (B,) the memory that a row writes to, and is asked with
     mind = F.pad(mind_of_row[:, None].expand_as(known)[known], (0, len(keys) - len(own[0])))   # of each factor; the crowd's is the first
     several = bool(mind_of_row.any())
@@ -690,8 +693,9 @@ def main() -> None:
             batch = tuple(torch.from_numpy(x).to(where) for x in batch)
             with autocast:
                 if phase == 3:
-                    told, crowd = (data.Episodes(*(torch.from_numpy(x).to(where) for x in mixture.episodes(n, step, micro, rank, n)))
-                                   for n in ((carry_facts, episode_facts - carry_facts) if share_of_steps(carry_share, step) else (episode_facts, 1)))
+                    shares = (carry_facts, episode_facts - carry_facts + crowd_facts) if share_of_steps(carry_share, step) else (episode_facts, crowd_facts)
+                    told, crowd = (data.Episodes(*(torch.from_numpy(x).to(where) for x in mixture.episodes(n, step, micro, rank, part)))
+                                   for part, n in enumerate(shares))
                     loss, report = phase3_loss(model, batch, told, crowd, step)
                 else:
                     loss, report, _ = mixture_loss(model, batch, step)

@@ -90,7 +90,7 @@ def test_two_processes_take_the_same_steps_together(grafted):
 
 def phase3(world: Path, out: str, *extra: str) -> subprocess.CompletedProcess:
     return train("--phase=3", f"--base={world}/whole/last", f"--graft={world}/g1/last/graft.safetensors", f"--text={world}/tokens",
-                 f"--out_dir={world}/{out}", "--max_steps=8", "--eval_interval=8", "--thinking_share=0.5", "--carry_share=0.5", "--episode_facts=6", "--carry_facts=3", *extra)
+                 f"--out_dir={world}/{out}", "--max_steps=8", "--eval_interval=8", "--thinking_share=0.5", "--carry_share=0.5", "--episode_facts=6", "--carry_facts=3", "--crowd_facts=4", *extra)
 
 
 def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted):
