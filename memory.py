@@ -37,7 +37,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from model import Cache, CTMBlock, NanoCTM, Thought, backbone_hash, fingerprint, read_tensors, successors
+from model import Cache, CTMBlock, NanoCTM, Spoken, Thought, backbone_hash, fingerprint, read_tensors, successors
 
 
 # -----------------------------------------------------------------------------
@@ -359,6 +359,20 @@ class OrdinaryText:
         return float(self.model.measure(self.ticks, self.targets, plastic).nats.nanmean())
 
 
+def why(store: "Store", said: Spoken) -> dict:
+    """Who made the model say this (one row): an exact split of the token's logit at the tick read.
+
+    logit = E[token] . (g h / rms(h)), and h is what was thought without a memory plus W_session k of each session: over one
+    rms, that is a sum. -> {"logit", "by_itself", "sessions": {id: share}}, in logits.
+    """
+    backbone, heard = store.model.backbone, said.hidden[0].double()
+    gain = (backbone.norm.weight * backbone.embed_tokens.weight[int(said.token)]).double()
+    read = gain * torch.rsqrt(heard.pow(2).mean() + backbone.norm.eps)
+    parts = store.told_by(said.key / math.sqrt(said.key.shape[-1]))[:, 0].to(read)
+    return {"logit": float(heard @ read), "by_itself": float(said.unaided[0].double() @ read),
+            "sessions": {e["id"]: float(part @ read) for e, part in zip(store.entries, parts)}}
+
+
 # -----------------------------------------------------------------------------
 # the store: what outlives the process
 
@@ -457,6 +471,15 @@ class Store:
             return None
         m = torch.stack([snapshots[i].m for i in index[kept].tolist()])
         return (score[kept].softmax(0)[:, None, None] * m).sum(0, keepdim=True).to(self.model.ctm.start_z.device)
+
+    def told_by(self, keys: Tensor) -> Tensor:
+        """What each living session adds where memory reads keys (n, S) of unit length: (sessions, n, D), whose sum is W_m k."""
+        plastic, parts, keys = Plastic.blank(self.model.ctm), [], keys.double().cpu()
+        for factors in self.factors:
+            after = compact_memory(self.model.ctm, plastic, factors, self.rule)
+            parts.append(keys @ (after.weight - plastic.weight).T)
+            plastic = after
+        return torch.stack(parts) if parts else keys.new_zeros(0, len(keys), len(plastic.weight))
 
     # -- what changes it
 

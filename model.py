@@ -696,6 +696,9 @@ class Spoken(NamedTuple):
     tick: Tensor                # (B,)
     certainty: Tensor           # (B,)
     cache: Cache                # everything read before this token: with it, the conversation can go on
+    hidden: Tensor              # (B, D) what the head read
+    unaided: Tensor             # (B, D) the same without a memory
+    key: Tensor | None          # (B, S) kappa
 
 
 @torch.no_grad()
@@ -724,9 +727,10 @@ def generate(model: NanoCTM, tokens: Tensor, max_new_tokens: int, temperature: f
             at_end = torch.full_like(tokens[:, :1], tokens.shape[1] - 1) if tokens.shape[1] > 1 else None
             thought = model(tokens, cache, plastic, halt, where=at_end)
         last = thought.read_tick[:, -1:]
-        logits = model.head(at_tick(thought.hidden[:, -1:], last))[:, 0].float()
+        hidden, unaided, key = (x if x is None else at_tick(x[:, -1:], last)[:, 0] for x in (thought.hidden, thought.unaided.hidden, thought.keys))
+        logits = model.head(hidden).float()
         token = pick(logits, temperature, top_k, generator).masked_fill(ended, -1)
-        yield Spoken(token, last[:, 0], at_tick(thought.certainty[:, -1:], last)[:, 0], thought.cache)
+        yield Spoken(token, last[:, 0], at_tick(thought.certainty[:, -1:], last)[:, 0], thought.cache, hidden, unaided, key)
         ended = ended | (token == stop) if stop is not None else ended
         if ended.all():
             return

@@ -10,6 +10,7 @@
 With --memory a session is a chat. What surprised it is written into the weights when it ends, be that by an empty line, the
 end of the input or Ctrl-C. --memory read-only answers from the memory and never writes a byte.
 """
+import json
 import sys
 import time
 from pathlib import Path
@@ -18,8 +19,8 @@ import torch
 
 import configurator
 import data
-from memory import SessionMemory, Store, about, norm_ratio, output_change
-from model import Cache, NanoCTM, choose_device, generate, load_backbone, load_graft
+from memory import SessionMemory, Store, about, norm_ratio, output_change, why
+from model import Cache, NanoCTM, Spoken, choose_device, generate, load_backbone, load_graft
 
 # -----------------------------------------------------------------------------
 # settings
@@ -29,7 +30,8 @@ graft = "weights/graft.safetensors"     # what stands in its last layer; "" for 
 tokenizer = "weights"       # a folder with ranks.json, or a Hugging Face name
 start = ""                  # the text to continue, or in a chat the first thing you say
 chat = False                # a conversation; without --start it reads lines from standard input
-show = ""                   # "ticks": a line per token with the tick it was read at and how sure the model was
+show = ""                   # "ticks": a line per token with the tick it was read at and how sure the model was; "why": after each answer,
+                            # a line of JSON: what of each token's logit came from which remembered session
 memory = "off"              # on remembers this session, read-only answers from what is remembered, off does neither
 memory_dir = "memory"       # the store
 max_drift = 0.5             # nats that a session may cost ordinary text at most, or it is not written
@@ -60,16 +62,17 @@ class Speaker:
         self.session = SessionMemory(model, 1) if store else None
         self.heard: list[int] = []                                  # every token of the session that was read
         self.cache: Cache | None = None
+        self.last: list[Spoken] = []                                # the last answer
 
     def say(self, tokens: list[int], stop: int, own: int = 0) -> int:
         """Print what follows `tokens` as it comes; -> the last token, which was only said, never read."""
-        said, shown = [], ""
+        said, shown, self.last = [], "", []
         self.heard += tokens
         plastic = self.store.plastic() if self.store else None
         for last in generate(self.model, torch.tensor([tokens], device=self.device), max_new_tokens, temperature, top_k, stop, halt or None,
                              plastic, self.chance, self.cache, self.session, own):
             said.append(int(last.token))
-            self.cache = last.cache
+            self.cache, self.last = last.cache, [*self.last, last._replace(cache=None)]
             if show == "ticks":
                 ticks, sure = self.model.ctm.config.ticks if self.model.ctm else 1, float(last.certainty)
                 print(f"  tick {int(last.tick) + 1:2d}/{ticks}  sure {sure:4.2f} {'#' * round(20 * max(sure, 0)):20s}  "
@@ -81,7 +84,13 @@ class Speaker:
                     shown = text
         print() if show != "ticks" else print("  =", self.words.decode([t for t in said if t != stop]).strip())
         self.heard += said[:-1]
+        if show == "why":
+            print(json.dumps(self.why()))
         return said[-1]
+
+    def why(self) -> list[dict]:
+        """What of each token of the last answer came from which session, in logits."""
+        return [{"token": self.words.decode([int(s.token)]), **why(self.store, s)} for s in self.last]
 
     def remember(self) -> None:
         """End the session: write it into the memory, and say what that did."""
@@ -106,7 +115,7 @@ def converse(speaker: Speaker) -> None:
             if not sys.stdin.isatty() or start:
                 print("user:", line.strip())
             if line.startswith("/") and speaker.store:
-                command(speaker.store, *line.strip().split(maxsplit=1))
+                command(speaker, *line.strip().split(maxsplit=1))
                 continue
             turn = words.encode(data.user_turn(line.strip()))
             if speaker.session and not speaker.heard and warm:
@@ -126,17 +135,21 @@ def converse(speaker: Speaker) -> None:
 # -----------------------------------------------------------------------------
 # looking after the memory
 
-COMMANDS = """/list            what is remembered
+COMMANDS = """/why             which sessions the last answer came from
+/list            what is remembered
 /show ID         what a session told the weights
 /forget ID|all   forget it: the memory is written anew without it
 /export FILE     write all sessions into one file
 /import FILE     add the sessions of such a file"""
 
 
-def command(store: Store, name: str, argument: str = "") -> None:
+def command(speaker: Speaker, name: str, argument: str = "") -> None:
     """One line of housekeeping in a conversation; a mistake costs a line, not the conversation."""
+    store = speaker.store
     try:
-        if name == "/list":
+        if name == "/why":
+            explain(speaker.why())
+        elif name == "/list":
             list_sessions(store)
         elif name == "/show":
             show_one(store, argument)
@@ -150,6 +163,15 @@ def command(store: Store, name: str, argument: str = "") -> None:
             print(COMMANDS)
     except (ValueError, OSError) as problem:
         print(f"error: {problem}")
+
+
+def explain(tokens: list[dict]) -> None:
+    """A line per token: its logit, what of it was thought without a memory, and the sessions that gave most."""
+    for t in tokens:
+        most = sorted(t["sessions"].items(), key=lambda s: -abs(s[1]))[:3]
+        print(f"  {t['token']!r:14s} logit {t['logit']:6.2f} = by itself {t['by_itself']:6.2f}" + "".join(f", {name} {share:+.2f}" for name, share in most))
+    if not tokens:
+        print("  nothing was said yet")
 
 
 def list_sessions(store: Store) -> None:
@@ -193,8 +215,8 @@ def main() -> None:
     configurator.configure(globals())
     if memory not in ("on", "off", "read-only"):
         raise ValueError(f"expected --memory on, off or read-only, found {memory!r}: choose one of the three")
-    if show not in ("", "ticks"):
-        raise ValueError(f"expected --show=ticks or nothing, found {show!r}")
+    if show not in ("", "ticks", "why") or (show == "why" and memory == "off"):
+        raise ValueError(f"expected --show=ticks, --show=why with --memory on or read-only, or nothing, found {show!r}")
     housekeeping = sessions or show_session or forget or export_to or import_from
     if not start and not chat and memory == "off" and not housekeeping:
         raise ValueError('expected something to say, found nothing: --start="some text", --chat, or --memory on')

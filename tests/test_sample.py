@@ -1,4 +1,5 @@
 """The commands that people type first, on the shipped weights."""
+import json
 import re
 import signal
 import subprocess
@@ -65,6 +66,28 @@ def test_what_it_was_told_survives_the_process_and_reading_writes_nothing(told):
         assert answer in remembering(told, f"--start={question}", memory="read-only").stdout
         assert answer not in sample("--chat", f"--start={question}").stdout
     assert files(told) == before
+
+
+def test_why_names_the_session_and_forgetting_it_changes_that_answer_alone(told, tmp_path):
+    """What a session gave to the value's logit makes it the one to forget; then another's answer still stands, to the letter."""
+    here, asked = tmp_path / "here", {"What animal does Marvas keep?": "Marvas keeps a trout.", "What work does Fenlix have?": "Fenlix works as a florist."}
+    sample(f"--memory_dir={told}", f"--export_to={tmp_path}/all.safetensors")
+    sample(f"--memory_dir={here}", f"--import_from={tmp_path}/all.safetensors")
+    before = {q: remembering(here, f"--start={q}", "--show=why", memory="read-only").stdout for q in asked}
+    tokens = {q: json.loads(said.splitlines()[-1]) for q, said in before.items()}
+    for parts in tokens.values():
+        for t in parts:
+            assert t["logit"] == pytest.approx(t["by_itself"] + sum(t["sessions"].values()), abs=1e-3)
+    gave = {q: {name: sum(t["sessions"][name] for t in parts if t["token"].strip() in answer.split(" ")[-1]) for name in parts[0]["sessions"]}
+            for (q, answer), parts in zip(asked.items(), tokens.values())}
+    (trout, florist) = (max(shares, key=shares.get) for shares in gave.values())
+    assert trout != florist
+    sample(f"--memory_dir={here}", f"--forget={trout}")
+    pet, work = asked
+    assert asked[pet] not in remembering(here, f"--start={pet}", memory="read-only").stdout
+    assert asked[work] in remembering(here, f"--start={work}", memory="read-only").stdout
+    chat = remembering(here, said=f"/why\n{work}\n/why\n", memory="read-only").stdout
+    assert "nothing was said yet" in chat and f"{florist} +" in chat and "by itself" in chat
 
 
 def test_a_session_is_written_when_it_is_interrupted(tmp_path):
