@@ -10,7 +10,9 @@ A table for people, and as the last line of standard output one JSON object with
 the hardware and the sha256 of its text. All text and all people are held out. No threshold lives here: what is good
 enough is the reader's to say. Left out so far: sleep, speed.
 """
+import contextlib
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
@@ -27,19 +29,22 @@ import sys
 import tempfile
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 import configurator
 import data
-from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, about, compact_memory, norm_ratio,
-                    output_change, read_session)
+from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule, about, compact_memory, norm_ratio,
+                    output_change, read_session, room_left)
 from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block_module, flops_per_token, generate,
                    load_backbone, load_graft, read_tensors, replies, successors)
 
@@ -164,7 +169,6 @@ def key_cosine_at_init(backbone: BackboneConfig, thought: ThoughtConfig, seed: i
 
 def cost_table(backbone: BackboneConfig, thought: ThoughtConfig) -> list[dict]:
     """FLOPs that the block adds per token, counted; and CPU microseconds of the block and of the trunk, measured."""
-    from dataclasses import replace
     table = []
     shapes = [("base", {}, T)] + [(f"K={k}", {"ticks": k}, T) for k in (1, 2, 4, 16)] + [(f"T={t}", {}, t) for t in (64, 128, 512)]
     for name, change, length in shapes + [(f"D={d}", {"hidden_size": d}, T) for d in (64, 256)]:
@@ -240,7 +244,6 @@ def depth_or_ticks() -> dict:
     The thinker has the tiny backbone's layers with a CTM of 4 ticks in the last one; the deep one is a plain
     transformer with as many layers as cost at least as much per token, FFN included.
     """
-    from dataclasses import replace
     shape = load_graft(base, Path(graft))
     b, c = shape.backbone.config, replace(shape.ctm.config, ticks=4)
     def cost(layers: int, thinking: bool) -> int:
@@ -316,6 +319,11 @@ class Mind:
         self.model, self.words = load_graft(base, Path(name or graft)).eval().requires_grad_(False), data.Tokenizer(tokenizer)
         self.ctm, self.settings = self.model.ctm, settings          # of SessionMemory
 
+    @functools.cached_property
+    def blank(self) -> Plastic:
+        """Nothing written yet; its key space is inverted once for all."""
+        return Plastic(Plastic.blank(self.ctm).weight, room_left(self.ctm, None, WriteRule()))
+
     def told(self, sessions: list[str]) -> list[tuple[Factors, Snapshot, int]]:
         """Read each text as one session, side by side: what it leaves, and how many tokens it had."""
         left = []
@@ -329,7 +337,7 @@ class Mind:
         return [f for f, _, _ in self.told(sessions)]
 
     def write(self, factors: list[Factors], onto: Plastic | None = None) -> Plastic:
-        plastic = onto or Plastic.blank(self.ctm)
+        plastic = onto or self.blank
         for f in factors:
             plastic = compact_memory(self.ctm, plastic, f)
         return plastic
@@ -359,6 +367,56 @@ def batches(items: list, size: int) -> list[list]:
 
 def session_text(world: data.FactWorld, facts: list[data.Fact]) -> str:
     return "".join(piece.text for piece in world.told(facts))
+
+
+class Sample:
+    """One seed's people, what they are told to be, and the model that was told: the same for every arm."""
+
+    def __init__(self, seed: int):
+        self.seed, self.mind, self.world = seed, Mind(), data.FactWorld(seed, "held_out")
+        self.facts = self.world.population(100)
+        self.texts = {n: [session_text(self.world, part) for part in batches(self.facts, n)] for n in (1, 10)}
+        self.windows = HeldOut(self.mind.words).windows(seed)
+        self.ordinary = OrdinaryText(self.mind.model, self.windows[:8])
+        self.left = self.mind.told(self.texts[10])
+        self.factors = [f for f, _, _ in self.left]
+
+    def nats(self, plastic: Plastic | None) -> float:
+        return self.ordinary.nats(plastic and plastic.weight)
+
+    @functools.cached_property
+    def singles(self) -> list[tuple[Factors, Snapshot, int]]:
+        return self.mind.told(self.texts[1])
+
+    @functools.cached_property
+    def whole(self) -> Plastic:
+        return self.mind.write(self.factors)
+
+    @functools.cached_property
+    def strangers(self) -> list[data.Fact]:
+        people = {f.name for f in self.facts}
+        return [self.world.near_miss(f, people) for f in self.facts]
+
+    @functools.cached_property
+    def asked(self) -> dict[str, list[str]]:
+        """Each fact asked in training's words, in held-out ones, and for a stranger of nearly the same name."""
+        w = self.world
+        return {"direct": [w.ask(f) for f in self.facts], "paraphrase": [w.ask(f, held_out=True) for f in self.facts],
+                "near_miss": [w.ask(f, held_out=True) for f in self.strangers]}
+
+    def questions(self, which: list[int]) -> list[str]:
+        return [self.asked[kind][i] for kind in self.asked for i in which]
+
+    def graded(self, which: list[int], replies: list[str]) -> dict[str, list[bool]]:
+        """Replies to `questions(which)`: is it the fact; does a stranger get that of the one of nearly the same name, or anybody's?"""
+        right = {"anybodys": []}
+        for kind, given in zip(self.asked, batches(replies, len(which))):
+            as_said = [self.facts[i]._replace(name=self.strangers[i].name) if kind == "near_miss" else self.facts[i] for i in which]
+            right[kind] = list(map(data.is_recalled, given, as_said))
+        for i, reply in zip(which, replies[-len(which):]):
+            told = {self.facts[j].value for j in which if self.facts[j].relation == self.facts[i].relation}
+            right["anybodys"].append(any(data.is_recalled(reply, self.strangers[i]._replace(value=v)) for v in told))
+        return right
 
 
 def draw(found: dict[str, dict], file: str) -> None:
@@ -410,26 +468,17 @@ def answer() -> dict:
     return {"stores": len(known), "text_sha256": ""}
 
 
-def restart_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact], left: list, singles: list) -> dict:
-    """Recall at N = 1, 10, 100, in a new process; and how often a stranger of nearly the same name is given what somebody else was told."""
-    people = {f.name for f in facts}
-    strangers = [world.near_miss(f, people) for f in facts]
-    asked = {"direct": [world.ask(f) for f in facts], "paraphrase": [world.ask(f, held_out=True) for f in facts],
-             "near_miss": [world.ask(f, held_out=True) for f in strangers]}
-    plan = {"1": [([s], [i]) for i, s in enumerate(singles)], "100": [(left, list(range(len(facts))))],
-            "10": [([s], list(range(10 * i, 10 * i + 10))) for i, s in enumerate(left)]}
+def restart_figures(s: Sample) -> dict:
+    """Recall at N = 1, 10, 100, in a new process; how often a stranger is given the fact of the one of nearly the same name, or anybody's."""
+    everybody = list(range(len(s.facts)))
+    plan = {"1": [([left], [i]) for i, left in enumerate(s.singles)], "10": [([left], which) for left, which in zip(s.left, batches(everybody, 10))],
+            "100": [(s.left, everybody)]}
     found = {}
     for n, stores in plan.items():
         with tempfile.TemporaryDirectory() as where:
-            said = after_restart(mind, Path(where), [(s, [asked[k][i] for k in asked for i in which]) for s, which in stores])
-        right = {kind: [] for kind in asked}
-        for (_, which), given in zip(stores, said):
-            for kind, part in zip(asked, batches(given, len(which))):
-                for i, reply in zip(which, part):
-                    told = [facts[i]] if kind != "near_miss" else [facts[j]._replace(name=strangers[i].name) for j in which
-                                                                   if facts[j].relation == strangers[i].relation]
-                    right[kind].append(any(data.is_recalled(reply, f) for f in told))
-        found |= {f"{n}_{kind}": mean(r) for kind, r in right.items()}
+            said = after_restart(s.mind, Path(where), [(left, s.questions(which)) for left, which in stores])
+        graded = [s.graded(which, given) for (_, which), given in zip(stores, said)]
+        found |= {f"{n}_{kind}": mean(x for g in graded for x in g[kind]) for kind in graded[0]}
     return found
 
 
@@ -483,15 +532,15 @@ def capacity_figures(mind: Mind, world: data.FactWorld) -> dict:
 
 # -- the other arms, on the same facts
 
-def arm_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact], left: list[Factors], singles: list[Factors],
-                texts: dict[int, list[str]], nats) -> dict:
-    """Memory off; all in the prompt; a random write of the same size; facts deranged within their relation; fine-tuning."""
+def arm_figures(s: Sample) -> dict:
+    """Memory off; all in the prompt; a random write of the same size; facts deranged within their relation."""
+    mind, world, facts, nats = s.mind, s.world, s.facts, s.nats
     off = mind.recall(world, facts, None)
     found = {f"off_{n}": off for n in (1, 10, 100)} | {"off_text_nats": nats(None)}
     for n in (1, 10):
-        said = mind.ask([world.ask(f, held_out=True) for f in facts], None, [text for text in texts[n] for _ in range(n)])
+        said = mind.ask([world.ask(f, held_out=True) for f in facts], None, [text for text in s.texts[n] for _ in range(n)])
         found[f"in_context_{n}"] = mean(map(data.is_recalled, said, facts))
-    for n, factors in ((1, singles[:1]), (10, left[:1]), (100, left)):
+    for n, factors in ((1, [s.singles[0][0]]), (10, s.factors[:1]), (100, s.factors)):
         weight = mind.write(factors).weight
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
         noise = Plastic(noise * weight.norm() / noise.norm())
@@ -517,8 +566,9 @@ def deranged(world: data.FactWorld, facts: list[data.Fact]) -> list[data.Fact]:
 class FineTuning:
     """Gradient descent on the very tensor that memory is written beside. Its inputs do not depend on it: thought about once."""
 
-    def __init__(self, mind: Mind, sessions: list[str], lr: float):
-        self.mind, self.sessions = mind, []
+    def __init__(self, mind: Mind, sessions: list[str], lr: float, channels: Tensor | None = None):
+        """channels (S,): 1 for those that learn, 0 for the others; None: all."""
+        self.mind, self.sessions, self.channels = mind, [], channels
         for text in sessions:
             tokens = torch.tensor([mind.words.encode(text)])
             thought, known = mind.model(tokens), successors(tokens) >= 0
@@ -530,6 +580,7 @@ class FineTuning:
     def one_pass(self) -> None:
         """One step per session: the mean cross-entropy of all its tokens at the tick read."""
         for hidden, key, target in self.sessions:
+            key = key if self.channels is None else key * self.channels
             aided = hidden + key @ self.weight.T / math.sqrt(key.shape[-1])
             torch.nn.functional.cross_entropy(self.mind.model.head(aided), target).backward()
             self.optimizer.step()
@@ -545,17 +596,17 @@ class FineTuning:
         return self.passes * self.tokens * (f["trunk"] + f["block"] + 3 * f["head"])
 
 
-def fine_tune_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact], texts: dict[int, list[str]], nats) -> dict:
+def fine_tune_figures(s: Sample) -> dict:
     """One pass at the best of four learning rates, chosen for its recall on these very facts; and passes until 95 % are recalled.
 
     N = 1: ten models with a fact each, N = 10: three with ten, N = 100: one.
     """
-    found = {}
+    mind, found = s.mind, {}
     for n, models in ((1, 10), (10, 3), (100, 1)):
-        chosen = facts[:n * models]
-        groups = [[text] for text in texts[n][:models]] if n < 100 else [texts[10]]
+        chosen = s.facts[:n * models]
+        groups = [[text] for text in s.texts[n][:models]] if n < 100 else [s.texts[10]]
         def recall(tuned: list[FineTuning]) -> float:
-            return mind.recall(world, chosen, [p for t in tuned for p in [t.plastic()] * n])
+            return mind.recall(s.world, chosen, [p for t in tuned for p in [t.plastic()] * n])
         once = []
         for lr in (0.01, 0.03, 0.1, 0.3):
             tuned = [FineTuning(mind, group, lr) for group in groups]
@@ -571,7 +622,7 @@ def fine_tune_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact],
             if known >= 0.95:
                 break
         for name, (share, tuned) in (("fine_tune", max(once, key=lambda run: run[0])), ("fine_tune_to_95", (known, longer))):
-            found |= {f"{name}_{n}": share, f"{name}_{n}_text_nats": nats(tuned[0].plastic()), f"{name}_{n}_passes": float(tuned[0].passes),
+            found |= {f"{name}_{n}": share, f"{name}_{n}_text_nats": s.nats(tuned[0].plastic()), f"{name}_{n}_passes": float(tuned[0].passes),
                       f"{name}_{n}_flops": float(tuned[0].flops())}
     return found
 
@@ -630,82 +681,386 @@ def write_cost(mind: Mind, texts: list[str]) -> float:
         return cpu_seconds(lambda: read(0.5)) / cpu_seconds(lambda: read(None))
 
 
+def written_figures(s: Sample) -> dict:
+    mind, whole = s.mind, s.whole
+    return restart_figures(s) | {
+        "factors_per_fact": mean(len(f.keys) for f in s.factors) / 10, "text_nats_before": s.nats(None), "text_nats_after": s.nats(whole),
+        "output_change": output_change(mind.ctm, whole.weight), "weight_norm_ratio": norm_ratio(mind.ctm, whole.weight),
+        "write_flops": float(write_flops(mind, s.factors, sum(n for _, _, n in s.left)))}
+
+
+PARTS = {"restart": written_figures, "neighbours": lambda s: neighbour_figures(s.mind, s.world, sorted(data.RELATIONS)[s.seed % len(data.RELATIONS)]),
+         "order": lambda s: order_figures(s.mind, s.world, s.facts, s.factors), "capacity": lambda s: capacity_figures(s.mind, s.world),
+         "arms": lambda s: arm_figures(s), "fine_tune": lambda s: fine_tune_figures(s),
+         "carry": lambda s: carry_figures(s.mind, s.windows) | {"write_cost_ratio": write_cost(s.mind, s.texts[10]), "untrained_100": untrained_recall(s)}}
 SAMPLE_SETTINGS = ("base", "graft", "thinking", "tokenizer", "seeds", "rows", "T")
 
 
-def memory_sample(seed: int, settings: dict) -> dict:
-    """Every figure of one seed, in a process of its own."""
+def measured(parts: dict) -> dict[str, list[float]]:
+    """Every figure of the parts, as a list over seeds. With --full each part is kept as it ends, so that an interrupted run goes on."""
+    settings = {k: globals()[k] for k in SAMPLE_SETTINGS}
+    made_of = [Path(__file__).with_name(f"{name}.py") for name in ("bench", "data", "memory", "model")] + [Path(graft), Path(thinking)]
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in made_of) + json.dumps(settings).encode()).hexdigest()[:12]
+    kept = Path("out/bench_memory") / digest
+    files = {(name, seed): kept / f"{name}-{seed}.json" for name in parts for seed in range(seeds)}
+    found = {task: json.loads(file.read_text()) if full and file.exists() else None for task, file in files.items()}
+    with one_process_each(len(found)) as pool, tqdm(total=len(found), initial=sum(x is not None for x in found.values()), unit="part") as bar:
+        runs = {pool.submit(part_of, *task, settings): task for task, x in found.items() if x is None}
+        for run in as_completed(runs):
+            task = runs[run]
+            found[task] = run.result()
+            bar.set_postfix_str("{} of seed {}".format(*task))
+            bar.update()
+            if full:
+                kept.mkdir(parents=True, exist_ok=True)
+                fresh = files[task].with_suffix(".new")
+                fresh.write_text(json.dumps(found[task]))
+                fresh.replace(files[task])
+    return {k: [found[name, seed][k] for seed in range(seeds)] for name in parts for k in found[name, 0]}
+
+
+def part_of(name: str, seed: int, settings: dict) -> dict:
+    """One part of one seed's figures, in a process of its own."""
     globals().update(settings)
-    mind = Mind()
-    held_out = HeldOut(mind.words)
-    def progress(what: str) -> None:
-        print(f"seed {seed}: {what}", file=sys.stderr)
-    world = data.FactWorld(seed, "held_out")
-    facts = world.population(100)
-    texts = {n: [session_text(world, part) for part in batches(facts, n)] for n in (1, 10)}
-    tokens = held_out.windows(seed)
-    ordinary = OrdinaryText(mind.model, tokens[:8])
-    nats = lambda plastic: ordinary.nats(plastic and plastic.weight)
-    left, singles = mind.told(texts[10]), mind.told(texts[1])
-    progress("told, written, asked in a new process")
-    found = restart_figures(mind, world, facts, left, singles)
-    factors, alone = [f for f, _, _ in left], [f for f, _, _ in singles]
-    whole = mind.write(factors)
-    found |= {"factors_per_fact": mean(len(f.keys) for f in factors) / 10, "text_nats_before": nats(None), "text_nats_after": nats(whole),
-              "output_change": output_change(mind.ctm, whole.weight), "weight_norm_ratio": norm_ratio(mind.ctm, whole.weight),
-              "write_flops": float(write_flops(mind, factors, sum(n for _, _, n in left)))}
-    progress("neighbours, order, capacity")
-    found |= neighbour_figures(mind, world, sorted(data.RELATIONS)[seed % len(data.RELATIONS)])
-    found |= order_figures(mind, world, facts, factors)
-    found |= capacity_figures(mind, world)
-    progress("the other arms")
-    found |= arm_figures(mind, world, facts, factors, alone, texts, nats)
-    found |= fine_tune_figures(mind, world, facts, texts, nats)
-    progress("carry, warm start, price")
-    return found | carry_figures(mind, tokens) | {"write_cost_ratio": write_cost(mind, texts[10]), "untrained_100": untrained_recall(mind, seed)}
+    return (PARTS | FULL_PARTS)[name](Sample(seed))
 
 
-def untrained_recall(mind: Mind, seed: int) -> float:
+def untrained_recall(s: Sample) -> float:
     """The same 100 facts written into the block as phase 2 left it, which nothing taught salience, strength or Sigma: every token
     counts, at the trained block's strength, and Sigma is measured on training text."""
     before = Mind(thinking, threshold=0.0, budget=1000, expected=0.0)
-    before.ctm.log_eta.data.copy_(mind.ctm.log_eta + math.log(2))   # its salience is one half
+    before.ctm.log_eta.data.copy_(s.mind.ctm.log_eta + math.log(2))   # its salience is one half
     keys = before.model(before.ctm.ordinary).key.flatten(0, 1)
     before.ctm.key_moment.copy_(keys.T @ keys / len(keys) / keys.shape[1])
-    world = data.FactWorld(seed, "held_out")
-    facts = world.population(100)
-    return before.recall(world, facts, before.write(before.factors([session_text(world, part) for part in batches(facts, 10)])))
+    return before.recall(s.world, s.facts, before.write(before.factors(s.texts[10])))
 
 
 def memory() -> dict:
     if picture and not importlib.util.find_spec("matplotlib"):
         raise ValueError("--picture expected the optional package matplotlib, found none: pip install matplotlib")
-    mind = Mind()
-    held_out = HeldOut(mind.words)
-    with one_process_each(seeds) as pool:
-        samples = list(pool.map(memory_sample, range(seeds), [{k: globals()[k] for k in SAMPLE_SETTINGS}] * seeds))
-    found = {k: spread([s[k] for s in samples]) for k in samples[0]}
+    found = {k: spread(xs) for k, xs in measured(PARTS | (FULL_PARTS if full else {})).items()}
     v = {k: x["mean"] for k, x in found.items()}
     print(f"{'figure':28s} {'mean':>12s} {'sd':>8s}   95 % interval of a share of {100 * seeds}")
     for name, x in found.items():
-        asked_of_all = name.endswith(("direct", "paraphrase", "near_miss")) or name in ("retention", "changed", "old", "negation", "own_guess")
+        asked_of_all = name.endswith(("direct", "paraphrase", "near_miss", "anybodys")) or name in ("retention", "changed", "old", "negation", "own_guess")
         inside = " .. ".join(f"{b:.3f}" for b in wilson(x["mean"], 100 * seeds)) if asked_of_all else ""
         print(f"{name:28s} {x['mean']:12.4f} {x['sd']:8.4f}   {inside}")
     if picture:
         draw(found, picture)
-    cells = ("direct", "paraphrase", "neighbour_drop", "near_miss")
-    recall = {n: {("near_miss_false" if c == "near_miss" else c): v[f"{n}_{c}"] for c in cells} for n in ("1", "10", "100")}
+    if picture and full:
+        draw_damage(found, picture)
+    cells = {"direct": "direct", "paraphrase": "paraphrase", "neighbour_drop": "neighbour_drop", "near_miss_false": "near_miss", "near_miss_anybodys": "anybodys"}
+    recall = {n: {cell: v[f"{n}_{name}"] for cell, name in cells.items()} for n in ("1", "10", "100")}
     arms = {name: {k[len(name) + 1:]: x for k, x in v.items() if k.startswith(name + "_") and (name != "fine_tune" or "_to_95" not in k)}
             for name in ("off", "in_context", "random", "deranged", "fine_tune", "fine_tune_to_95", "untrained")}
     arms["in_context"]["100"] = None                                # does not fit into the tiny model's context
-    return {"recall": recall, "capacity": {k[9:]: x for k, x in v.items() if k.startswith("capacity_")}, "changed_fact": v["changed"],
+    more = full_figures(found) if full else {}
+    return more | {"recall": recall, "capacity": {k[9:]: x for k, x in v.items() if k.startswith("capacity_")}, "changed_fact": v["changed"],
             "old_fact": v["old"], "negation_false": v["negation"], "own_guess_recalled": v["own_guess"],
-            "retention_first_of_10_sessions": v["retention"], "arms": arms, "text_nats_before": v["text_nats_before"],
+            "retention_first_of_10_sessions": v["retention"], "arms": arms | more.get("arms", {}), "text_nats_before": v["text_nats_before"],
             "text_nats_after": v["text_nats_after"], "output_change": v["output_change"], "weight_norm_ratio": v["weight_norm_ratio"],
             "carry": {k: v[f"carry_{k[5:]}"] for k in ("nats_with", "nats_without", "nats_shuffled")},
             "warm_start": {k: v[f"warm_{k[5:]}"] for k in ("nats_nearest", "nats_cold", "nats_wrong")},
             "write_cost_ratio": v["write_cost_ratio"], "write_flops": v["write_flops"], "factors_per_fact": v["factors_per_fact"],
-            "S": mind.ctm.config.sync, "questions": 100 * seeds, "text_sha256": held_out.sha256, "sd": {k: x["sd"] for k, x in found.items()}}
+            "S": load_graft(base, Path(graft)).ctm.config.sync, "questions": 100 * seeds, "text_sha256": HeldOut(data.Tokenizer(tokenizer)).sha256, "sd": {k: x["sd"] for k, x in found.items()}} 
+
+
+# -----------------------------------------------------------------------------
+# memory --full: opponents that may change any weight, on the same facts
+
+class Taught(NamedTuple):
+    """What a way of learning leaves: a tensor beside c_proj, changes of the model's own weights, or text to put before a question."""
+    plastic: Plastic | None = None
+    change: dict[str, Tensor] = {}
+    before: list[str] | None = None
+    flops: float = 0.0
+
+
+@contextlib.contextmanager
+def changed(model: NanoCTM, change: dict[str, Tensor]):
+    """The model with so much added to its weights, for a while."""
+    weights = dict(model.named_parameters())
+    kept = {name: weights[name].data for name in change}
+    for name, delta in change.items():
+        weights[name].data = kept[name] + delta
+    try:
+        yield
+    finally:
+        for name in change:
+            weights[name].data = kept[name]
+
+
+def opponent_figures(s: Sample, name: str, learn, sweep: tuple = (None,)) -> dict:
+    """learn(s, which facts, setting) -> Taught; the setting that recalls most of these very facts is the one reported.
+
+    N = 1: ten models with a fact each, N = 10: three with ten, N = 100: one. Neighbour drop: what the thirty people of N = 10
+    lose at N = 100.
+    """
+    found, known = {}, {}
+    for n, models in ((1, 10), (10, 3), (100, 1)):
+        groups, tried = batches(list(range(n * models)), n), []
+        for setting in sweep:
+            graded, nats, flops = [], [], []
+            for which in groups:
+                taught = learn(s, which, setting)
+                with changed(s.mind.model, taught.change):
+                    graded.append(s.graded(which, s.mind.ask(s.questions(which), taught.plastic, taught.before)))
+                    if len(nats) < 1:                               # of the first model: each costs a reading of the text
+                        text = OrdinaryText(s.mind.model, s.windows[:8]) if taught.change else s.ordinary
+                        nats.append(text.nats(taught.plastic and taught.plastic.weight))
+                flops.append(taught.flops)
+            right = {kind: [x for g in graded for x in g[kind]] for kind in graded[0]}
+            tried.append((mean(right["paraphrase"]), right, nats[0], mean(flops)))
+        _, right, nats, flops = max(tried, key=lambda t: t[0])
+        known[n] = right["paraphrase"]
+        found |= {f"{name}_{n}_{kind}": mean(x) for kind, x in right.items()} | {f"{name}_{n}_text_nats": nats, f"{name}_{n}_flops": float(flops)}
+    return found | {f"{name}_neighbour_drop": mean(known[10]) - mean(known[100][:30])}
+
+
+def by_writing(s: Sample, which: list[int], _) -> Taught:
+    """Our own way, as the others are measured."""
+    left = [s.singles[i] for i in which] if len(which) == 1 else s.left[which[0] // 10:which[-1] // 10 + 1]
+    return Taught(s.mind.write([f for f, _, _ in left]), flops=float(write_flops(s.mind, [f for f, _, _ in left], sum(n for _, _, n in left))))
+
+
+def told_to(s: Sample, which: list[int]) -> list[str]:
+    """The sessions in which these facts were told."""
+    return [s.texts[1][i] for i in which] if len(which) == 1 else s.texts[10][which[0] // 10:which[-1] // 10 + 1]
+
+
+def by_retrieval(s: Sample, which: list[int], most: int) -> Taught:
+    """The statements nearest to the question by mean token embedding, put before it; each was told in a session of its own."""
+    def embedded(texts: list[str]) -> Tensor:
+        return torch.stack([about(s.mind.model, torch.tensor(s.mind.words.encode(t))) for t in texts])
+    told = [s.texts[1][i] for i in which]
+    near = torch.nn.functional.cosine_similarity(embedded(s.questions(which))[:, None], embedded(told)[None], dim=-1)
+    before = ["".join(told[i] for i in row.topk(min(most, len(told))).indices.flip(0)) for row in near]
+    more = mean(len(s.mind.words.encode(b)) for b in before)
+    f = flops_per_token(s.mind.model.backbone.config, s.mind.ctm.config, T)
+    return Taught(before=before, flops=more * (f["trunk"] + f["block"]))        # for each question, again and again
+
+
+def by_fine_tuning(passes: int, share: float = 1.0):
+    """AdamW on the tensor that the memory is written beside, all of it or the rows that these sessions use most."""
+    def learn(s: Sample, which: list[int], lr: float) -> Taught:
+        tuned = FineTuning(s.mind, told_to(s, which), lr, most_used(s, told_to(s, which), share) if share < 1 else None)
+        for _ in range(passes):
+            tuned.one_pass()
+        return Taught(tuned.plastic(), flops=float(tuned.flops()))
+    return learn
+
+
+def most_used(s: Sample, texts: list[str], share: float) -> Tensor:
+    """(S,) 1 for the share of channels whose power in these sessions most exceeds that on ordinary text (as TF-IDF), else 0."""
+    keys = torch.cat([s.mind.model(torch.tensor([s.mind.words.encode(t)])).key[0] for t in texts])
+    use = keys.pow(2).mean(0) / s.mind.ctm.key_moment.diagonal().clamp(min=1e-9)
+    return (use >= use.quantile(1 - share)).float()
+
+
+def by_lora(passes: int, rank: int = 8):
+    """LoRA (arXiv:2106.09685) on every matrix of the trunk and on c_proj, AdamW, a step per session, all its tokens at the tick read."""
+    def learn(s: Sample, which: list[int], lr: float) -> Taught:
+        model, unused = s.mind.model, f"layers.{s.mind.model.backbone.config.num_hidden_layers - 1}.mlp"
+        weights = {n: p for n, p in model.named_parameters() if n.endswith("_proj.weight") and (n.startswith("backbone.") or "c_proj" in n) and unused not in n}
+        chance = torch.Generator().manual_seed(which[0])
+        down = {n: torch.randn(rank, p.shape[1], generator=chance).div(math.sqrt(p.shape[1])).requires_grad_() for n, p in weights.items()}
+        up = {n: torch.zeros(len(p), rank, requires_grad=True) for n, p in weights.items()}
+        optimizer = torch.optim.AdamW([*down.values(), *up.values()], lr=lr, weight_decay=0.0)
+        sessions = [torch.tensor([s.mind.words.encode(t)]) for t in told_to(s, which)]
+        for _ in range(passes):
+            for tokens in sessions:
+                thought = torch.func.functional_call(model, {n: p + up[n] @ down[n] for n, p in weights.items()}, (tokens,))
+                nats = torch.nn.functional.cross_entropy(model.head(thought.at_read_tick(thought.hidden)[0, :-1]), tokens[0, 1:])
+                nats.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        f = flops_per_token(model.backbone.config, s.mind.ctm.config, T)
+        flops = passes * sum(t.numel() for t in sessions) * 3 * (f["trunk"] + f["block"] + f["head"])
+        return Taught(change={n: (up[n] @ down[n]).detach() for n in weights}, flops=float(flops))
+    return learn
+
+
+class Edits:
+    """What a closed-form edit of a middle layer's down_proj needs of each fact (after MEMIT, arXiv:2210.07229): the keys that its
+    subject has there, and what to add to the layer's output so that the answer follows. All facts at once: none depends on another.
+
+    The prompts are questions in three of training's wordings with their answers, the subject the name in both: more than a
+    telling gives the other ways.
+    """
+
+    STEPS, WORDINGS = 40, 3
+
+    def __init__(self, s: Sample):
+        model, words = s.mind.model, s.mind.words
+        self.name = f"backbone.layers.{(model.backbone.config.num_hidden_layers - 1) // 2}.mlp.down_proj"
+        layer, rows, subject, due = model.get_submodule(self.name), [], [], []
+        for fact in s.facts:
+            for _ in range(self.WORDINGS):
+                asked, said_of = data.user_turn(s.world.ask(fact)), data.answer(fact)
+                said = words.encode(said_of + data.TURN_END)
+                rows.append(words.encode(asked) + said)
+                subject.append([len(words.encode(text[:text.rindex(fact.name) + len(fact.name)])) - 1 for text in (asked, asked + said_of)])
+                due.append(len(said))
+        tokens, at = torch.from_numpy(data.padded(rows, -1)), torch.tensor(subject)                # (rows, 2)
+        row, targets = torch.arange(len(tokens))[:, None], successors(tokens)
+        answers = torch.zeros_like(tokens, dtype=torch.bool)
+        for i, (ids, n) in enumerate(zip(rows, due)):
+            answers[i, len(ids) - n - 1:len(ids) - 1] = True
+        where = (answers.float() + torch.rand(answers.shape) / 2).topk(int(answers.sum(1).max()), 1).indices.sort(1).values
+        learned = answers.gather(1, where)
+        inputs: list[Tensor] = []
+        added = torch.zeros(len(s.facts), model.backbone.config.hidden_size, requires_grad=True)
+
+        def steer(_, given: tuple, out: Tensor) -> Tensor:
+            inputs[:] = [given[0][row, at].detach()]
+            return out.index_put((row, at), added.repeat_interleave(self.WORDINGS, 0)[:, None], accumulate=True)
+        handle, optimizer = layer.register_forward_hook(steer), torch.optim.Adam([added], lr=1.0)
+        for _ in range(self.STEPS):
+            thought = model(tokens, where=where)
+            hidden = thought.at_read_tick(thought.hidden)[learned]
+            nats = torch.nn.functional.cross_entropy(model.head(hidden), targets.gather(1, where)[learned])
+            (nats + 1e-5 * added.pow(2).sum(1).mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        self.flops = 3 * self.STEPS * tokens.numel() / len(s.facts) * sum(
+            flops_per_token(model.backbone.config, s.mind.ctm.config, tokens.shape[1])[part] for part in ("trunk", "block"))
+        self.keys = inputs[0].view(len(s.facts), 2 * self.WORDINGS, -1).mean(1)                    # (facts, D_int)
+        self.values = added.detach()                                # (facts, D)
+        handle.remove()
+        handle, seen = layer.register_forward_hook(lambda _, given, out: seen.append(given[0].flatten(0, 1))), []
+        model.trunk(model.ctm.ordinary)
+        handle.remove()
+        self.common = seen[0].T @ seen[0] / len(seen[0])            # second moment on ordinary text
+
+
+def by_editing(s: Sample, which: list[int], weight: float) -> Taught:
+    """W <- W + V' K (weight C + K' K)^-1, in closed form."""
+    s.edits = getattr(s, "edits", None) or Edits(s)
+    keys, values = s.edits.keys[which], s.edits.values[which]
+    change = torch.linalg.solve((weight * s.edits.common + keys.T @ keys + 1e-6 * torch.eye(keys.shape[1])).double(), (keys.T @ values).double())
+    return Taught(change={f"{s.edits.name}.weight": change.T.float()}, flops=s.edits.flops * len(which))
+
+
+# -----------------------------------------------------------------------------
+# memory --full: what carries the memory, and what is decoration
+
+def ablation_figures(s: Sample) -> dict:
+    """A hundred facts with one ingredient of the write taken away, or put in: recall in other words, and what it does to text."""
+    mind, found = s.mind, {}
+    base_nats = s.nats(None)
+
+    def note(name: str, plastic: Plastic, who: Mind = mind, ordinary: OrdinaryText = s.ordinary, before: float = base_nats) -> None:
+        said = who.ask(s.asked["paraphrase"], plastic)
+        found[f"ablation_{name}"] = mean(map(data.is_recalled, said, s.facts))
+        found[f"ablation_{name}_text"] = ordinary.nats(plastic.weight) / before
+
+    def under(rule: WriteRule, factors: list[Factors]) -> Plastic:
+        plastic = Plastic.blank(mind.ctm)
+        for f in factors:
+            plastic = compact_memory(mind.ctm, plastic, f, rule)
+        return plastic
+    note("nothing", s.whole)
+    for name, rule in {"no protection of text": WriteRule(n0=0.0), "no protection of what is due": WriteRule(n_due=0.0),
+                       "no protection of the past": WriteRule(fade=0.0), "no delta": WriteRule(delta=False), "no projection": WriteRule(project=False),
+                       "neither": WriteRule(delta=False, project=False), "weight norm at most 1 %": WriteRule(norm_cap=0.01)}.items():
+        note(name, under(rule, s.factors))
+    loud = [f._replace(values=f.values / f.dopamine[:, None]) for f in s.factors]
+    note("no dopamine", mind.write(loud))
+    note("no weight of salience", mind.write([f._replace(values=f.values / f.salience[:, None]) for f in s.factors]))
+    note("no threshold of surprise", mind.write(Mind(expected=0.0).factors(s.texts[10])))
+    note("every token eligible", mind.write(Mind(threshold=0.0, expected=0.0, budget=1000).factors(s.texts[10])))
+    gated = [f._replace(keys=f.keys * (f.keys.abs() > f.keys.abs().median(1, keepdim=True).values)) for f in s.factors]
+    note("novelty gate", mind.write([f._replace(keys=torch.nn.functional.normalize(f.keys, dim=1)) for f in gated]))
+    half = torch.arange(mind.ctm.config.sync) % 2
+    note("half of S", under(WriteRule(), [f._replace(keys=f.keys * half) for f in s.factors]))
+    for k in (1, 2, 4):
+        few = Mind()
+        few.ctm.config = replace(few.ctm.config, ticks=k)
+        text = OrdinaryText(few.model, s.windows[:8])
+        note(f"K={k}", few.write(few.factors(s.texts[10])), few, text, text.nats(None))
+    bare = Mind()
+    bare.ctm.baseline.zero_()                                       # what the block reads moves as well: nothing here was trained without it
+    text = OrdinaryText(bare.model, s.windows[:8])
+    note("no baseline", bare.write(bare.factors(s.texts[10])), bare, text, base_nats)
+    return found
+
+
+# -----------------------------------------------------------------------------
+# memory --full: two hops and denials
+
+DESCRIBED = {"home": "the one who lives in {v}", "job": "the {v}", "pet": "the one who keeps a {v}", "food": "the one who likes to eat {v}",
+             "instrument": "the one who plays the {v}", "hobby": "the one who enjoys {v}"}
+
+
+def hop_figures(s: Sample, people: int = 8, groups: int = 12) -> dict:
+    """Two facts each of a few people, told in one session or in two; the second is asked of whoever the first is true of.
+
+    Direct: the same question by name. Chance: the share of people who have the value that was said most among those told.
+    Denials: a fact is told, and denied in the same session or in the next one; how often is it still the answer?
+    """
+    world, mind, found = data.FactWorld(1000 + s.seed, "held_out"), s.mind, {}
+    told = {"together": [], "apart": [], "denied_together": [], "denied_apart": []}
+    asked, named, answers, guesses = [], [], [], []
+    for _ in range(groups):
+        first, second = world.rng.sample(sorted(data.RELATIONS), 2)
+        names, values = world.rng.sample(world.names, people), world.rng.sample(list(world.values[first]), people)
+        known = [data.Fact(n, first, v) for n, v in zip(names, values)]
+        wanted = [f for n in names for f in [data.Fact(n, second, world.rng.choice(list(world.values[second])))]]
+        both = [f for pair in zip(known, wanted) for f in pair]
+        told["together"].append([session_text(world, both)])
+        told["apart"].append([session_text(world, known), session_text(world, wanted)])
+        no = data.user_turn(" ".join(map(data.denial, wanted)))
+        told["denied_together"].append([session_text(world, wanted) + no])
+        told["denied_apart"].append([session_text(world, wanted), no])
+        asked += [data.RELATIONS[second].questions[0].format(n=DESCRIBED[first].format(v=f.value)) for f in known]
+        named += [data.RELATIONS[second].questions[0].format(n=f.name) for f in wanted]
+        answers += wanted
+        guesses += [max(sum(f.value == v for f in wanted) for v in world.values[second]) / people] * people
+    for name, sessions in told.items():
+        written = [mind.write(mind.factors(texts)) for texts in sessions for _ in range(people)]
+        questions = {"": asked, "_by_name": named} if "denied" not in name else {"": named}
+        for kind, q in questions.items():
+            found[f"hop_{name}{kind}"] = mean(f" {f.value}" in reply for f, reply in zip(answers, mind.ask(q, written)))
+    return found | {"hop_chance": mean(guesses)}
+
+
+RATES = (0.01, 0.03, 0.1, 0.3)
+OPPONENTS = {"weights": (by_writing,), "retrieval": (by_retrieval, (2, 4, 8)), "lora_10": (by_lora(10), (0.003, 0.01, 0.03)),
+             **{f"tune_{n}": (by_fine_tuning(n), RATES) for n in (1, 10, 100)}, "sparse_10": (by_fine_tuning(10, 0.1), RATES),
+             "edit": (by_editing, (0.001, 0.1, 10.0, 100.0))}
+FULL_PARTS = {f"opponent {name}": functools.partial(lambda s, name: opponent_figures(s, name, *OPPONENTS[name]), name=name) for name in OPPONENTS}
+FULL_PARTS |= {"ablation": ablation_figures, "two hops": hop_figures}
+
+
+def full_figures(found: dict[str, dict]) -> dict:
+    """The additions of --full to the last line, printed as tables too."""
+    v = {k: x["mean"] for k, x in found.items()}
+    arms = {name: {k[len(name) + 1:]: x for k, x in v.items() if k.startswith(f"{name}_")} for name in OPPONENTS}
+    print(f"\n{'learned by':14s} {'N=1':>6s} {'10':>6s} {'100':>6s} {'direct':>7s} {'stranger':>8s} {'anybodys':>8s} {'neighbours':>10s} {'text':>7s} {'FLOPs':>9s}")
+    for name, a in arms.items():
+        print(f"{name:14s} {a['1_paraphrase']:6.3f} {a['10_paraphrase']:6.3f} {a['100_paraphrase']:6.3f} {a['100_direct']:7.3f} {a['100_near_miss']:8.3f} "
+              f"{a['100_anybodys']:8.3f} {a['neighbour_drop']:10.3f} {a['100_text_nats']:7.3f} {a['100_flops']:9.2e}")
+    ablation = {k[9:]: {"recall": x, "interval": wilson(x, 100 * seeds), "text": v[k + "_text"]} for k, x in v.items()
+                if k.startswith("ablation_") and not k.endswith("_text")}
+    print(f"\n{'without':30s} {'recall':>7s} {'95 % interval':>15s} {'text x':>8s}")
+    for name, a in ablation.items():
+        print(f"{name:30s} {a['recall']:7.3f} {a['interval'][0]:7.3f} .. {a['interval'][1]:.3f} {a['text']:8.4f}")
+    return {"arms": arms, "ablation": ablation, "two_hop": {k[4:]: x for k, x in v.items() if k.startswith("hop_")}}
+
+
+def draw_damage(found: dict[str, dict], file: str) -> None:
+    """Recall of a hundred facts against what they cost ordinary text, each way of learning a point."""
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(6, 3.6))
+    before = found["text_nats_before"]["mean"]
+    for name in OPPONENTS:
+        x, y = found[f"{name}_100_text_nats"]["mean"] - before, found[f"{name}_100_paraphrase"]["mean"]
+        axes.plot([x], [y], "*" if name == "weights" else "s" if name == "retrieval" else "o", markersize=12 if name == "weights" else 6)
+        axes.annotate(name.replace("_", " "), (x, y), textcoords="offset points", xytext=(6, 4))
+    axes.set(xlabel="nats per token lost on ordinary text", ylabel="recall of 100 facts", ylim=(-0.02, 1.02))
+    figure.tight_layout()
+    path = Path(file)
+    figure.savefig(path.with_name(f"{path.stem}_damage{path.suffix}"))
 
 
 # -----------------------------------------------------------------------------
