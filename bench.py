@@ -160,7 +160,7 @@ def key_cosine_at_init(backbone: BackboneConfig, thought: ThoughtConfig, seed: i
     tokens, u = torch.zeros(64, 1, dtype=torch.long), torch.randn(64, 1, backbone.hidden_size)
     _, _, places, cache = model.trunk(tokens)
     with torch.no_grad():
-        y = model.ticks(u, u, places, cache).y_out[:, 0, -1]
+        y = model.ticks(u, u, places, cache).y_out[-1][:, 0]
     return float(torch.nn.functional.cosine_similarity(y[:32], y[32:], dim=-1).mean())
 
 
@@ -289,7 +289,7 @@ def train_from_nothing(config: BackboneConfig, c: ThoughtConfig, block: str, see
         optimizer.step()
         optimizer.zero_grad()
         if model.ctm:
-            model.ctm.baseline.lerp_(ticks.y_out.detach().mean((0, 1)), max(0.01, 1 / (step + 1)))
+            model.ctm.baseline.lerp_(torch.stack([y.mean((0, 1)) for y in ticks.y_out]).detach(), max(0.01, 1 / (step + 1)))
         if step % 50 == 0:
             print(f"seed {seed} {block} step {step}/{full_steps} loss {loss.item():.3f}", file=sys.stderr)
     starts = range(0, len(val) - T, max(T, len(val) // 48))

@@ -143,9 +143,10 @@ class SessionMemory:
         self.waiting: Lived | None = None
         self.kept: list[list[Factors]] = [[] for _ in range(self.rows)]
 
-    def room(self) -> int:
-        """Positions that may be observed before some row's chunk is full."""
-        return self.chunk - int(self.filled.max())
+    def room(self, ahead: Tensor | None = None) -> int:
+        """Positions that may be observed before some row's chunk is full; ahead (B, n): only rows with a real token there count."""
+        going = torch.ones_like(self.filled, dtype=torch.bool) if ahead is None else (ahead >= 0).any(1)
+        return self.chunk - int(self.filled.masked_fill(~going, 0).max())
 
     def read(self, tokens: Tensor, cache: Cache, plastic: Tensor | None = None, halt: float | None = None, own: int = 0) -> Thought:
         """Read tokens (B, T), padding < 0, chunk by chunk, after those in `cache`; -> the thought about the last piece.
@@ -160,7 +161,7 @@ class SessionMemory:
         following, at, T = successors(tokens), 0, tokens.shape[1]
         outside = (torch.arange(T, device=tokens.device) >= own - 1).expand_as(tokens)      # whether the successor is
         while at < T:
-            n, cache = self.room(), self._within_context(cache)
+            n, cache = self.room(tokens[:, at:]), self._within_context(cache)
             piece = slice(at, at + n)
             thought = self.model(tokens[:, piece], cache, plastic, halt, self.m)
             lived, cache, at = Lived.of(thought), thought.cache, at + n

@@ -494,7 +494,7 @@ class Ticks(NamedTuple):
     h: Tensor                           # (B, T, D) the residual stream that the block adds to
     out: Tensor                         # (B, T, K', D) what it adds by itself, without a memory
     keys: Tensor | None                 # (B, T, K', S) kappa
-    y_out: Tensor | None                # (B, T, K', S) the same before centring, for the baseline
+    y_out: list[Tensor] | None          # K' times (B, T, S), the same before centring, for the baseline
     delta_alpha: Tensor | None          # (B, T, 2, S) sums at a token's last tick: read-out, query
     delta_beta: Tensor | None
     cache: Cache
@@ -569,7 +569,7 @@ class NanoCTM(nn.Module):
                 running = running & (self.score(h + outs[-1])[0] < halt)
                 if not running.any():
                     break
-        return Ticks(h, torch.stack(outs, 2), torch.stack(keys, 2), torch.stack(y_out, 2), alpha, beta,
+        return Ticks(h, torch.stack(outs, 2), torch.stack(keys, 2), y_out, alpha, beta,
                      Cache(cache.layers, kv, cache.real), real)
 
     def head(self, hidden: Tensor) -> Tensor:

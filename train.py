@@ -214,7 +214,7 @@ def mixture_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor,
             taught = ticks.h + model.backbone.layers[-1].mlp(u) if teacher else None
         loss, report = model.tick_loss(thought, following, weight, other_tick, taught)
     if model.ctm:
-        report["y_out"] = ticks.y_out[ticks.real].detach().mean(0)
+        report["y_out"] = torch.stack([y[ticks.real].mean(0) for y in ticks.y_out]).detach()
     return loss, report, thought
 
 
@@ -255,7 +255,7 @@ def read_in_chunks(model: NanoCTM, tokens: torch.Tensor, session: SessionMemory,
     """Thoughts about one context, chunk by chunk with the carried sync, gradients throughout; the trunk runs ahead."""
     trunk, following, at, thoughts = model.trunk(tokens), successors(tokens), 0, []
     while at < tokens.shape[1]:
-        where = torch.arange(at, min(at + session.room(), tokens.shape[1]), device=tokens.device).expand(len(tokens), -1)
+        where = torch.arange(at, min(at + session.room(tokens[:, at:]), tokens.shape[1]), device=tokens.device).expand(len(tokens), -1)
         ticks = model.ticks(*trunk, m=session.m, where=where)
         thoughts.append(model.measure(ticks, following.gather(1, where), plastic))
         session.observe(thoughts[-1], following.gather(1, where))
@@ -319,26 +319,29 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
     with torch.autocast(keys.device.type, enabled=False):           # a solved reader is no affair of bf16
         reader = written(model.ctm, keys.float(), salient.float(), mind)
         heard = (mind_of_row[:, None] == mind).float()              # (B, factors)
-        plastic = torch.einsum("bn,nd,sn->bds", heard, values, reader) if several else values.T @ reader.T
+        each = [values[mind == i].T @ reader[:, mind == i].T for i in range(int(mind_of_row.max()) + 1)]
+        plastic = torch.stack(each)[mind_of_row] if several else each[0]
 
-    where = due_first(e.weight != 0, 2) if carrying else due_first((e.weight < 0) | (e.weight > 1), 6, e.weight > 0)
+    where = due_first(e.weight != 0, 2) if carrying else due_first((e.weight < 0) | (e.weight > 1), 4, e.weight > 0)
     ticks, after = model.ticks(*model.trunk(e.asked), m=m, where=where), successors(e.asked).gather(1, where)
     thought, weight = model.measure(ticks, after, plastic), e.weight.gather(1, where)
     answers, _ = model.tick_loss(thought, after, weight, other_tick)
 
     silent, alone = weight < 0, thought.alone
-    strangers = at_tick(alone.hidden, alone.read_tick)[silent], alone.key[silent]
     nobody = silent.nonzero()[:, 0]                                 # row of each stranger
-    local = locality_loss(model, *text, plastic[0] if several else plastic)
-    if len(nobody):
-        local = local + locality_loss(model, *strangers, plastic[nobody] if several else plastic)
     row, column, fact = e.asked_at[:, 0], place(where, e.asked)[*e.asked_at[:, :2].T], e.asked_at[:, 2]
-    told_keys, asked_keys = lived.key[rows, at] / root, alone.key[row, column] / root
+    told_keys, asked_keys, strange_keys = lived.key[rows, at] / root, alone.key[row, column] / root, alone.key[silent] / root
     agreement = asked_keys @ told_keys.T                            # (questions, facts) cosines
     contrast = F.cross_entropy(contrast_scale * agreement, fact)
     spot = (known.flatten().cumsum(0) - 1).view_as(known)[rows, at]         # of each fact among the factors
     with torch.autocast(keys.device.type, enabled=False):           # (questions and strangers, factors)
-        read = torch.cat([asked_keys, strangers[1] / root]).float() @ reader * salient * heard[torch.cat([row, nobody])]
+        found = torch.cat([asked_keys, strange_keys]).float() @ reader * heard[torch.cat([row, nobody])]
+    text_hidden, text_key = text
+    few = torch.randperm(len(text_key))[:128].to(text_key.device)
+    local = locality_loss(model, text_hidden[few], text_key[few] / root @ (plastic[0] if several else plastic).T)
+    if len(nobody):
+        local = local + locality_loss(model, at_tick(alone.hidden, alone.read_tick)[silent], found[len(fact):] @ values.float())
+    read = found * salient
     wanted = torch.zeros_like(read)
     wanted[torch.arange(len(fact)), spot[fact]] = 1.0
     reading = (read - wanted).pow(2).sum(1).mean()
@@ -349,7 +352,7 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
                   "own": read[torch.arange(len(fact)), spot[fact]].mean().item(), "stranger": read[len(fact):].amax(1).mean().item() if len(nobody) else 0.0,
                   "local": local.item(), "agree": agreement.gather(1, fact[:, None]).mean().item(), "hit": right.float().mean().item(),
                   "rank": participation_ratio(told_keys).item(), "salient": salient.mean().item(), "salient_facts": salience(model.ctm, told_keys * root).mean().item(),
-                  "due": torch.cat([told_keys, asked_keys, strangers[1] / root]).detach() * root}
+                  "due": torch.cat([told_keys, asked_keys, strange_keys]).detach() * root}
 
 
 EPISODE_FIGURES = ("value_nats", "contrast", "reading", "own", "stranger", "local", "agree", "hit", "rank", "salient", "salient_facts")
@@ -435,14 +438,9 @@ def remembered(model: NanoCTM, lived: Lived, following: torch.Tensor, known: tor
     return values.T @ written(model.ctm, keys, salient).T
 
 
-def locality_loss(model: NanoCTM, hidden: torch.Tensor, key: torch.Tensor, plastic: torch.Tensor, most: int = 128) -> torch.Tensor:
-    """KL from what is predicted without the memory to what is predicted with it, where it has nothing to say (n, D), (n, S).
-
-    plastic (D, S), or (n, D, S), one for each.
-    """
-    chosen = torch.randperm(len(hidden))[:most].to(hidden.device)
-    hidden, key = hidden[chosen].detach(), key[chosen] / math.sqrt(key.shape[-1])
-    aid = key @ plastic.T if plastic.dim() == 2 else torch.einsum("nds,ns->nd", plastic[chosen], key)
+def locality_loss(model: NanoCTM, hidden: torch.Tensor, aid: torch.Tensor) -> torch.Tensor:
+    """KL from what is predicted without the memory to what is predicted with it, where it has nothing to say: hidden, aid (n, D)."""
+    hidden = hidden.detach()
     before, after = (model.head(x).float().log_softmax(-1) for x in (hidden, hidden + aid.to(hidden.dtype)))
     return F.kl_div(after, before, log_target=True, reduction="batchmean")
 
