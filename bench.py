@@ -46,7 +46,7 @@ import data
 from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule, about, compact_memory, norm_ratio,
                     output_change, read_session, room_left)
 from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block_module, flops_per_token, generate,
-                   load_backbone, load_graft, read_tensors, replies, successors)
+                   load_backbone, load_graft, mean_and_square, read_tensors, replies, successors)
 
 # -----------------------------------------------------------------------------
 # settings
@@ -289,7 +289,7 @@ def train_from_nothing(config: BackboneConfig, c: ThoughtConfig, block: str, see
         optimizer.step()
         optimizer.zero_grad()
         if model.ctm:
-            model.ctm.baseline.lerp_(torch.stack([y.mean((0, 1)) for y in ticks.y_out]).detach(), max(0.01, 1 / (step + 1)))
+            model.ctm.settle(*mean_and_square(ticks), max(0.01, 1 / (step + 1)))
         if step % 50 == 0:
             print(f"seed {seed} {block} step {step}/{full_steps} loss {loss.item():.3f}", file=sys.stderr)
     starts = range(0, len(val) - T, max(T, len(val) // 48))

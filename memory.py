@@ -72,7 +72,7 @@ def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, weight: Tensor)
 
 class Factors(NamedTuple):
     """What one session tells the weights, in the order lived."""
-    keys: Tensor                # (n, S) fp32, unit length; in a store int8, sixteenths of kappa
+    keys: Tensor                # (n, S) fp32, unit length; in a store int8, as large as fits
     values: Tensor              # (n, D) fp32; in a store fp16
     surprise: Tensor            # (n,) nats
     dopamine: Tensor            # (n,)
@@ -84,13 +84,13 @@ class Factors(NamedTuple):
         return Factors(*(x[chosen] for x in self))
 
     def rounded(self) -> "Factors":
-        """As a store holds them, and writes them: a third of the bytes. Sixteenths are 2 % of kappa's unit RMS, and 7.9 is its end."""
-        sixteenths = (16 * math.sqrt(self.keys.shape[-1]) * self.keys).round().clamp(-127, 127)
-        return self._replace(keys=sixteenths.to(torch.int8), values=self.values.half())
+        """As a store holds them, and writes them: a third of the bytes. A key is a direction, so it needs no scale."""
+        largest = self.keys.abs().amax(1, keepdim=True).clamp(min=1e-9)
+        return self._replace(keys=(127 * self.keys / largest).round().to(torch.int8), values=self.values.half())
 
     def unit_keys(self) -> Tensor:
-        """(n, S) fp64, of unit length but for rounding."""
-        return self.keys.double() / (16 * math.sqrt(self.keys.shape[-1]) if self.keys.dtype == torch.int8 else 1)
+        """(n, S) fp64, of unit length."""
+        return torch.nn.functional.normalize(self.keys.double(), dim=1)
 
 
 # -----------------------------------------------------------------------------

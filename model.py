@@ -367,7 +367,8 @@ class CTMBlock(nn.Module):
         self.sync_out, self.sync_act = Sync(width, c), Sync(width, c)
         self.c_proj = nn.Linear(c.sync, width, bias=False)
         nn.init.normal_(self.c_proj.weight, std=0.1 * c.sync ** -0.5)
-        self.register_buffer("baseline", torch.zeros(c.ticks, c.sync))      # what a blank slate would show, per tick
+        self.register_buffer("baseline", torch.zeros(c.ticks, c.sync))      # what a blank slate would show, per tick: mean of y_out
+        self.register_buffer("variance", torch.ones(c.ticks, c.sync))       # and around it, on the same text
         self.register_buffer("mean_surprise", torch.tensor(3.0))            # nats per token of training text
         half_lives = torch.logspace(math.log2(16), math.log2(4096), c.sync, base=2).expand(2, -1)
         self.log_half_life = nn.Parameter(half_lives.log())                 # of what a session carries, in tokens
@@ -423,8 +424,17 @@ class CTMBlock(nn.Module):
         return self.sync_out.read(s.alpha_out, s.beta_out, m[:, 0])
 
     def key(self, k: int, y_out: Tensor) -> Tensor:
-        """The key kappa_k = rms(y_out - baseline_k): (..., S) fp32 with unit root mean square."""
-        return rms(y_out - self.baseline[k], self.eps)
+        """The key kappa_k = rms((y_out - baseline_k) / sd_k): (..., S) fp32 with unit root mean square.
+
+        Without the division a few loud neurons own the key: one channel of 512 had half of all its power (LOG.md).
+        """
+        return rms((y_out - self.baseline[k]) * torch.rsqrt(self.variance[k] + 1e-4), self.eps)
+
+    @torch.no_grad()
+    def settle(self, mean: Tensor, square: Tensor, rate: float) -> None:
+        """Move baseline and variance towards those of the y_out just seen, whose mean and mean square these are, (K, S)."""
+        self.baseline.lerp_(mean, rate)
+        self.variance.lerp_((square - mean * mean).clamp(min=0), rate)
 
 
 # -----------------------------------------------------------------------------
@@ -499,6 +509,13 @@ class Ticks(NamedTuple):
     delta_beta: Tensor | None
     cache: Cache
     real: Tensor                        # (B, T) bool, False for padding
+
+
+@torch.no_grad()
+def mean_and_square(ticks: Ticks) -> Tensor:
+    """(2, K, S): mean of y_out over real tokens and of its square, for CTMBlock.settle."""
+    real = [y[ticks.real] for y in ticks.y_out]
+    return torch.stack([torch.stack([y.mean(0) for y in real]), torch.stack([y.pow(2).mean(0) for y in real])])
 
 
 def successors(tokens: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ import configurator
 import data
 from memory import Lived, Plastic, SessionMemory, compact_memory, dopamine, engrams, read_session, salience, salience_logit
 from model import (HEAD_ENTRIES, BackboneConfig, CTMBlock, NanoCTM, Thought, ThoughtConfig, Ticks, at_tick, block_module, choose_device, fingerprint,
-                   flops_per_token, load_backbone, load_graft, read_tensors, replies, save_backbone, save_graft, successors, take)
+                   flops_per_token, load_backbone, load_graft, mean_and_square, read_tensors, replies, save_backbone, save_graft, successors, take)
 
 # -----------------------------------------------------------------------------
 # settings, overridden by a config file and the command line
@@ -107,7 +107,7 @@ reading_weight = 3.0        # squared error of how much of each fact a question 
 teacher = False             # phases 2, 3: the backbone's own FFN teaches too, half and half with the text, on steps that carry nothing
 locality_weight = 1.0       # KL on text and on people never told of, with and without the memory
 salience_weight = 0.5       # cross-entropy of salience with being a value, which somebody may ask for
-baseline_rate = 0.01        # of the running mean of y_out
+baseline_rate = 0.01        # of the running mean and variance of y_out
 # machine
 device = ""                 # "" picks cuda when there is one
 compile = False             # torch.compile one tick
@@ -214,7 +214,7 @@ def mixture_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor,
             taught = ticks.h + model.backbone.layers[-1].mlp(u) if teacher else None
         loss, report = model.tick_loss(thought, following, weight, other_tick, taught)
     if model.ctm:
-        report["y_out"] = torch.stack([y[ticks.real].mean(0) for y in ticks.y_out]).detach()
+        report["y_out"] = mean_and_square(ticks)
     return loss, report, thought
 
 
@@ -447,14 +447,14 @@ def locality_loss(model: NanoCTM, hidden: torch.Tensor, aid: torch.Tensor) -> to
 
 @torch.no_grad()
 def apply_baseline(model: NanoCTM, report: dict, step: int, world: int) -> None:
-    """Move the running means, after the optimizer's step only: y_out per tick, and the surprise of a token."""
+    """Move the running means, after the optimizer's step only: y_out and its square per tick, and the surprise of a token."""
     surprise = torch.tensor([report.get("nats", float(model.ctm.mean_surprise))], device=report["y_out"].device)
     seen = torch.cat([report["y_out"].flatten(), surprise])
     if world > 1:
         dist.all_reduce(seen)
         seen = seen / world
     rate = max(baseline_rate, 1 / (step + 1))
-    model.ctm.baseline.lerp_(seen[:-1].view_as(model.ctm.baseline), rate)
+    model.ctm.settle(*seen[:-1].view_as(report["y_out"]), rate)
     model.ctm.mean_surprise.lerp_(seen[-1], rate)
 
 

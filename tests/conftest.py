@@ -24,6 +24,7 @@ def randomised(shape: str, block: str = "ctm", seed: int = 0) -> NanoCTM:
             p.data = torch.randn_like(p) * (1.0 if "embed" in name else p.shape[1] ** -0.5)
     if model.ctm:
         model.ctm.baseline.normal_(0, 0.1)
+        model.ctm.variance.uniform_(0.2, 2.0)
         model.ctm.engram.data += 0.1 * torch.randn_like(model.ctm.engram)
         keys = torch.nn.functional.normalize(torch.randn(200, model.ctm.config.sync), dim=1)
         model.ctm.key_moment.copy_(keys.T @ keys / 200)

@@ -144,7 +144,7 @@ def test_the_write_is_the_projected_delta_rule(model):
     W, solved, past = torch.zeros(D, S, dtype=torch.float64), [], torch.zeros(S, S, dtype=torch.float64)
     for factors in sessions:
         past = rule.fade * past
-        for k, v in zip(factors.keys.double(), factors.values.double()):
+        for k, v in zip(factors.unit_keys(), factors.values.double()):
             common = rule.n0 * ctm.key_moment.double() + rule.n_due * ctm.due_moment.double()
             along = torch.linalg.solve(common + rule.ridge * torch.eye(S, dtype=torch.float64) + past, k)
             solved.append((along / (k @ along), v - W @ k))
