@@ -43,10 +43,10 @@ from tqdm import tqdm
 
 import configurator
 import data
-from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule, about, compact_memory, norm_ratio,
-                    output_change, read_session, room_left)
+from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule, about, compact_memory, engrams, norm_ratio,
+                    output_change, read_session, room_left, salience_logit)
 from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block_module, flops_per_token, generate,
-                   load_backbone, load_graft, mean_and_square, read_tensors, replies, successors)
+                   load_backbone, load_graft, mean_and_square, read_tensors, replies, save_backbone, save_graft, successors)
 
 # -----------------------------------------------------------------------------
 # settings
@@ -1024,12 +1024,144 @@ def hop_figures(s: Sample, people: int = 8, groups: int = 12) -> dict:
     return found | {"hop_chance": mean(guesses)}
 
 
+# -----------------------------------------------------------------------------
+# memory --full: multi-query associative recall across a restart
+
+MQAR_VOCABULARY, MQAR_SHAPES, MQAR_STATES = 8192, ((64, 4), (128, 8), (256, 16)), (8, 32, 128)
+
+
+def mqar(chance: np.random.Generator, rows: int, length: int, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The field's multi-query associative recall (Zoology, arXiv:2312.04927) -> what is told (rows, 2 pairs): key, value, key,
+    ...; what is asked later (rows, length - 2 pairs): every key once, among chance tokens; the value due there, else -1.
+
+    Keys are from one half of the vocabulary and values from the other; the gaps before queries follow a power law of exponent 0.01.
+    """
+    half, slots = MQAR_VOCABULARY // 2, (length - 2 * pairs) // 2
+    odds = np.arange(1, slots + 1) ** (0.01 - 1)
+    told, asked = np.zeros((rows, 2 * pairs), np.int64), chance.integers(1, MQAR_VOCABULARY, (rows, length - 2 * pairs))
+    due = np.full_like(asked, -1)
+    for row in range(rows):
+        told[row, ::2] = chance.choice(np.arange(1, half), pairs, replace=False)
+        told[row, 1::2] = chance.choice(np.arange(half, MQAR_VOCABULARY), pairs, replace=False)
+        at = 2 * chance.choice(slots, pairs, replace=False, p=odds / odds.sum())
+        asked[row, at], due[row, at] = told[row, ::2], told[row, 1::2]
+    return tuple(map(torch.from_numpy, (told, asked, due)))
+
+
+class MatrixState(torch.nn.Module):
+    """What a plain recurrent state of the same bytes does: M (D, S) += v k', or the delta rule's (v - M k) k', read as M q.
+
+    Keys and values are learned maps of the embeddings, and each pair is handed over whole: no binding has to be learned.
+    """
+
+    def __init__(self, width: int, S: int, delta: bool):
+        super().__init__()
+        self.embed, self.delta = torch.nn.Embedding(MQAR_VOCABULARY, width), delta
+        self.key, self.value = torch.nn.Linear(width, S, bias=False), torch.nn.Linear(width, width, bias=False)
+        torch.nn.init.normal_(self.embed.weight, std=width ** -0.5)
+
+    def forward(self, told: Tensor, queries: Tensor) -> Tensor:
+        """told (B, 2 N), queries (B, n) -> logits (B, n, V)"""
+        k, q = (torch.nn.functional.normalize(self.key(self.embed(x)), dim=-1) for x in (told[:, ::2], queries))
+        v, state = self.value(self.embed(told[:, 1::2])), 0.0
+        for i in range(k.shape[1]):
+            seen = torch.einsum("bds,bs->bd", state, k[:, i]) if self.delta and i else 0.0
+            state = state + torch.einsum("bd,bs->bds", v[:, i] - seen, k[:, i])
+        return 10 * torch.nn.functional.normalize(torch.einsum("bds,bns->bnd", state, q), dim=-1) @ self.embed.weight.T * self.embed.weight.shape[1] ** 0.5
+
+
+def mqar_model(S: int, width: int = 64) -> NanoCTM:
+    """One layer of attention and a CTM of 4 ticks, everything to be learned."""
+    torch.manual_seed(S)
+    model = NanoCTM(BackboneConfig(MQAR_VOCABULARY, width, 64, 1, 2, 2, 32, rope_theta=1e4, max_position_embeddings=512),
+                    ThoughtConfig(4, 4, S, 4, 64, head_dim=32))
+    model.backbone.initialise()
+    return model
+
+
+def mqar_loss(model: NanoCTM, told: Tensor, asked: Tensor, due: Tensor) -> tuple[Tensor, Tensor]:
+    """Through the write, as phase 3 does it: factors of the pairs, solved by ridge regression, read where a key is asked."""
+    pairs, root, ticks = told.shape[1] // 2, math.sqrt(model.ctm.config.sync), model.ticks(*model.trunk(told))
+    thought, news = model.measure(ticks, successors(told)), (torch.arange(told.shape[1]) % 2 == 0).expand(told.shape)
+    worth = torch.nn.functional.binary_cross_entropy_with_logits(salience_logit(model.ctm, thought.key), news.float())
+    hidden, keys = (x[news].unflatten(0, (-1, pairs)) for x in (thought.at_read_tick(thought.hidden), thought.key / root))
+    values = engrams(model, hidden.flatten(0, 1), told[:, 1::2].flatten(), torch.ones(hidden.shape[:2]).flatten()).view_as(hidden)
+    solved = torch.linalg.solve(keys @ keys.mT + 1e-3 * torch.eye(pairs), values)               # (B, pairs, D)
+    where = (due >= 0).nonzero()[:, 1].view(-1, pairs)
+    asking, target = model.ticks(*model.trunk(asked), where=where), due.gather(1, where)
+    aided = model.measure(asking, target, (keys.mT @ solved).mT)
+    loss, _ = model.tick_loss(aided, target, torch.ones(target.shape))
+    return loss + worth, mean_and_square(ticks)
+
+
+def mqar_figures(s: Sample, steps: int = 400, rows: int = 64) -> dict:
+    """Share of values due that are answered right (arg max over 8,192): pairs told in one session each, asked in another process.
+
+    Each model learns `steps` batches of every shape in turn, and is then tested on examples that it never saw.
+    """
+    found, chance = {}, np.random.default_rng(s.seed)
+    tests = {f"{length},{pairs}": mqar(np.random.default_rng(10**6 + s.seed), rows, length, pairs) for length, pairs in MQAR_SHAPES}
+    for S in MQAR_STATES:
+        ours = mqar_model(S)
+        models = {"ctm": ours, "linear": MatrixState(64, S, False), "delta": MatrixState(64, S, True)}
+        for name, model in models.items():
+            optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+            for step in range(steps):
+                optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20, 2 * (steps - step) / steps)
+                told, asked, due = mqar(chance, rows // 2, *MQAR_SHAPES[step % 3])
+                if name == "ctm":
+                    loss, seen = mqar_loss(model, told, asked, due)
+                else:
+                    loss = torch.nn.functional.cross_entropy(model(told, told[:, ::2]).flatten(0, 1), told[:, 1::2].flatten())
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                if name == "ctm":
+                    model.ctm.settle(*seen, max(0.02, 1 / (step + 1)))
+            for shape, (told, asked, due) in tests.items():
+                if name == "ctm":
+                    found[f"mqar_{shape}_{name}_{S}"] = mqar_after_restart(model.eval().requires_grad_(False), told, asked, due)
+                    model.train().requires_grad_(True)
+                else:
+                    with torch.no_grad():
+                        found[f"mqar_{shape}_{name}_{S}"] = float((model(told, told[:, ::2]).argmax(-1) == told[:, 1::2]).float().mean())
+        found[f"mqar_bytes_{S}"] = 4.0 * 64 * S
+    return found
+
+
+def mqar_after_restart(model: NanoCTM, told: Tensor, asked: Tensor, due: Tensor) -> float:
+    """Every row a session and a store of its own; the answers come from a new process that has the files alone."""
+    with tempfile.TemporaryDirectory() as where:
+        folder = Path(where)
+        save_backbone(model, folder / "base")
+        save_graft(model, folder / "graft.safetensors")
+        for i, row in enumerate(told):
+            session, factors = read_session(model, row[None], threshold=0.5)
+            with Store(folder / str(i), model, rule=MQAR_RULE, max_drift=math.inf) as store:
+                store.commit(factors[0], session.snapshot(0, row), len(row))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return pool.submit(mqar_answers, folder, asked, due).result()
+
+
+MQAR_RULE = WriteRule(n0=0.0, n_due=0.0)                            # there is no ordinary text here to protect
+
+
+def mqar_answers(folder: Path, asked: Tensor, due: Tensor) -> float:
+    model, right = load_graft(str(folder / "base"), folder / "graft.safetensors").eval().requires_grad_(False), []
+    for i, (row, wanted) in enumerate(zip(asked, due)):
+        with Store(folder / str(i), model, read_only=True, rule=MQAR_RULE) as store:
+            said = model(row[None], plastic=store.plastic()).logits[0].argmax(-1)
+        right += (said == wanted)[wanted >= 0].tolist()
+    return mean(right)
+
+
 RATES = (0.01, 0.03, 0.1, 0.3)
-OPPONENTS = {"weights": (by_writing,), "retrieval": (by_retrieval, (2, 4, 8)), "lora_10": (by_lora(10), (0.003, 0.01, 0.03)),
+OPPONENTS = {"weights": (by_writing,), "retrieval": (by_retrieval, (2, 4, 8)), "lora_30": (by_lora(30), (0.001, 0.003, 0.01)),
              **{f"tune_{n}": (by_fine_tuning(n), RATES) for n in (1, 10, 100)}, "sparse_10": (by_fine_tuning(10, 0.1), RATES),
              "edit": (by_editing, (0.001, 0.1, 10.0, 100.0))}
 FULL_PARTS = {f"opponent {name}": functools.partial(lambda s, name: opponent_figures(s, name, *OPPONENTS[name]), name=name) for name in OPPONENTS}
-FULL_PARTS |= {"ablation": ablation_figures, "two hops": hop_figures}
+FULL_PARTS |= {"ablation": ablation_figures, "two hops": hop_figures, "mqar": mqar_figures}
 
 
 def full_figures(found: dict[str, dict]) -> dict:
@@ -1040,12 +1172,17 @@ def full_figures(found: dict[str, dict]) -> dict:
     for name, a in arms.items():
         print(f"{name:14s} {a['1_paraphrase']:6.3f} {a['10_paraphrase']:6.3f} {a['100_paraphrase']:6.3f} {a['100_direct']:7.3f} {a['100_near_miss']:8.3f} "
               f"{a['100_anybodys']:8.3f} {a['neighbour_drop']:10.3f} {a['100_text_nats']:7.3f} {a['100_flops']:9.2e}")
+    print(f"\n{'MQAR after a restart':24s}" + "".join(f"{4 * 64 * S:9d} B" for S in MQAR_STATES))
+    for shape in MQAR_SHAPES:
+        for name in ("ctm", "linear", "delta"):
+            print(f"{'{},{}'.format(*shape):12s}{name:12s}" + "".join(f"{v['mqar_{},{}_{}_{}'.format(*shape, name, S)]:11.3f}" for S in MQAR_STATES))
     ablation = {k[9:]: {"recall": x, "interval": wilson(x, 100 * seeds), "text": v[k + "_text"]} for k, x in v.items()
                 if k.startswith("ablation_") and not k.endswith("_text")}
     print(f"\n{'without':30s} {'recall':>7s} {'95 % interval':>15s} {'text x':>8s}")
     for name, a in ablation.items():
         print(f"{name:30s} {a['recall']:7.3f} {a['interval'][0]:7.3f} .. {a['interval'][1]:.3f} {a['text']:8.4f}")
-    return {"arms": arms, "ablation": ablation, "two_hop": {k[4:]: x for k, x in v.items() if k.startswith("hop_")}}
+    return {"arms": arms, "ablation": ablation, "two_hop": {k[4:]: x for k, x in v.items() if k.startswith("hop_")},
+            "mqar": {k[5:]: x for k, x in v.items() if k.startswith("mqar_")}}
 
 
 def draw_damage(found: dict[str, dict], file: str) -> None:

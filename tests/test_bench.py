@@ -59,6 +59,50 @@ def test_a_random_write_and_deranged_facts_recall_nothing_where_the_write_recall
     assert max(mind.recall(world, facts, other) for other in (None, random, lies)) <= 0.1
 
 
+@pytest.fixture(scope="module")
+def few() -> bench.Sample:
+    """Ten of a seed's facts, told in one session."""
+    torch.set_num_threads(1)
+    sample = bench.Sample(12)
+    sample.facts, sample.left, sample.factors, sample.windows = sample.facts[:10], sample.left[:1], sample.factors[:1], sample.windows[:2]
+    sample.texts = {1: sample.texts[1][:10], 10: sample.texts[10][:1]}
+    return sample
+
+
+@pytest.mark.parametrize("name, learn, setting", [("weights", bench.by_writing, None), ("retrieval", bench.by_retrieval, 8), ("tune", bench.by_fine_tuning(30), 0.03),
+                                                  ("sparse", bench.by_fine_tuning(30, 0.3), 0.1), ("lora", bench.by_lora(30), 0.003)])
+def test_an_opponent_learns_what_it_was_told_and_leaves_the_model_as_it_was(few, name, learn, setting):
+    """A fair opponent is one that can do it: ten facts, of which the model by itself knows none."""
+    before = {k: v.clone() for k, v in few.mind.model.state_dict().items()}
+    taught = learn(few, list(range(10)), setting)
+    with bench.changed(few.mind.model, taught.change):
+        right = few.graded(list(range(10)), few.mind.ask(few.questions(list(range(10))), taught.plastic, taught.before))
+    assert sum(right["direct"]) >= (4 if name == "lora" else 6) and taught.flops > 0
+    assert all(torch.equal(v, before[k]) for k, v in few.mind.model.state_dict().items())
+
+
+def test_an_edit_makes_one_answer_likelier(few):
+    """The closed-form edit is a weak opponent here (README), but it does move the value that it was told."""
+    fact, taught = few.facts[0], bench.by_editing(few, [0], 0.001)
+    tokens = torch.tensor([few.mind.words.encode(bench.data.user_turn(few.world.ask(fact)) + bench.data.answer(fact))])
+    alone = few.mind.model(tokens).nats[0, -4:-1].sum()
+    with bench.changed(few.mind.model, taught.change):
+        assert few.mind.model(tokens).nats[0, -4:-1].sum() < alone - 1
+
+
+def test_mqar_asks_every_key_once_and_a_delta_state_holds_orthogonal_pairs():
+    told, asked, due = bench.mqar(bench.np.random.default_rng(0), 5, 64, 4)
+    assert told.shape == (5, 8) and asked.shape == due.shape == (5, 56) and (due >= 0).sum(1).tolist() == [4] * 5
+    for pairs, query, wanted in zip(told, asked, due):
+        assert dict(zip(query[wanted >= 0].tolist(), wanted[wanted >= 0].tolist())) == dict(zip(pairs[::2].tolist(), pairs[1::2].tolist()))
+    state = bench.MatrixState(16, 16, delta=True)
+    with torch.no_grad():
+        state.value.weight.copy_(torch.eye(16))
+        state.key.weight.copy_(torch.eye(16))
+        state.embed.weight[told[0, ::2]], state.embed.weight[told[0, 1::2]] = torch.eye(16)[:4], 9 * torch.eye(16)[4:8]
+        assert (state(told[:1], told[:1, ::2]).argmax(-1) == told[0, 1::2]).all()
+
+
 # -----------------------------------------------------------------------------
 # the store under fire
 

@@ -214,6 +214,45 @@ def test_what_is_loaded_equals_what_was_saved_and_a_forgotten_session_was_never_
         assert torch.equal(again.plastic(), b.plastic()) and all(torch.equal(x, y) for x, y in zip(again.factors[1], some_factors(small, 4, 3).rounded()))
 
 
+def test_every_way_to_the_same_sessions_ends_in_the_same_bits(small, tmp_path):
+    """One by one, reopened half-way, imported at once, or with one between that was forgotten: blocks of 64 factors fall alike."""
+    def commit_some(store, seeds) -> list[dict]:
+        return [store.commit(some_factors(small, 10, seed), a_snapshot(small, seed), 12) for seed in seeds]
+    with Store(tmp_path / "a", small, max_drift=math.inf) as a:
+        commit_some(a, range(9))
+    with Store(tmp_path / "a", small, max_drift=math.inf) as a:
+        extra = commit_some(a, (50,))[0]
+        commit_some(a, range(9, 17))
+        a.forget(extra["id"])
+        a.export(tmp_path / "all.safetensors")
+        with Store(tmp_path / "b", small, max_drift=math.inf) as b, Store(tmp_path / "c", small, max_drift=math.inf) as c:
+            commit_some(b, range(17))
+            c.import_from(tmp_path / "all.safetensors")
+            assert torch.equal(a.plastic(), b.plastic()) and torch.equal(a.plastic(), c.plastic())
+    one_by_one = Plastic.blank(small.ctm)
+    for seed in range(17):
+        one_by_one = compact_memory(small.ctm, one_by_one, some_factors(small, 10, seed).rounded())
+    assert (a.plastic() - one_by_one.weight).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("loud", [1.0, 100.0])
+def test_a_stored_key_points_where_it_pointed(loud):
+    """Also where one channel is a hundred times as loud as the others."""
+    keys = torch.randn(20, 512, generator=torch.Generator().manual_seed(0))
+    keys[:, 3] *= loud
+    factors = Factors(torch.nn.functional.normalize(keys, dim=1), torch.zeros(20, 8), *[torch.zeros(20)] * 5)
+    assert (factors.unit_keys() * factors.rounded().unit_keys()).sum(1).min() > (0.9997 if loud == 1 else 0.99)
+
+
+def test_what_the_sessions_add_is_what_the_memory_says(small, tmp_path):
+    with Store(tmp_path, small, max_drift=math.inf) as store:
+        for seed in range(4):
+            commit(store, seed)
+        keys = torch.nn.functional.normalize(torch.randn(5, small.ctm.config.sync), dim=1)
+        parts = store.told_by(keys)
+        assert parts.shape == (4, 5, len(store.plastic())) and (parts.sum(0) - keys.double() @ store.plastic().T.double()).abs().max() < 1e-5
+
+
 def test_read_only_never_writes_a_byte_and_needs_no_lock(small, tmp_path):
     with Store(tmp_path, small, max_drift=math.inf) as store:
         commit(store, 1)

@@ -7,7 +7,7 @@ import torch
 
 from conftest import SHAPES, randomised, some_tokens
 from memory import SessionMemory, dopamine, read_session
-from model import (BackboneConfig, NanoCTM, Sync, ThoughtConfig, generate, load_backbone, load_graft,
+from model import (BackboneConfig, NanoCTM, Sync, ThoughtConfig, generate, load_backbone, load_graft, mean_and_square,
                    save_backbone, save_graft)
 
 # -----------------------------------------------------------------------------
@@ -258,6 +258,15 @@ def test_tick_loss_is_the_mean_of_the_best_and_the_most_certain_tick():
     loss, report = model.tick_loss(thought, tokens.roll(-1, 1), weight, "best")
     expected = (thought.tick_nats.min(-1).values + thought.nats)[:, :-1].mean() / 2
     assert torch.allclose(loss, expected, atol=1e-5) and report["nats"] == pytest.approx(thought.nats[:, :-1].mean().item(), abs=1e-5)
+
+
+def test_no_channel_owns_the_key_once_its_spread_is_known(model):
+    """Settled on a text, every channel of the key has about the same power there, however loud a neuron is."""
+    model.ctm.nlm.b2.data[0] += 30.0
+    tokens = some_tokens(model, 4, 60)
+    model.ctm.settle(*mean_and_square(model.ticks(*model.trunk(tokens))), 1.0)
+    power = model(tokens).keys.pow(2).mean((0, 1))                  # (K, S)
+    assert power.max() < 8 and power.median() > 0.25
 
 
 def test_a_teacher_is_half_of_what_a_tick_learns():
