@@ -2,7 +2,8 @@
 
     python bench.py quality             # the tiny weights, about a minute
     python bench.py quality --full      # and the question "depth or thinking time?", trained on the spot (half an hour)
-    python bench.py memory              # recall from weights after a restart, against other ways, ten minutes
+    python bench.py memory              # recall from weights after a restart, against other ways, nine minutes
+    python bench.py memory --full       # and fair opponents, ablations, two hops, MQAR; kept part by part, goes on where it was interrupted
     python bench.py endurance           # the store under fire: kills, flipped bytes, lies, full disks, ten minutes
     python bench.py card                # after `make tiny`: copy what was trained into weights/, with its card
 
@@ -43,8 +44,8 @@ from tqdm import tqdm
 
 import configurator
 import data
-from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule, about, compact_memory, engrams, norm_ratio,
-                    output_change, read_session, room_left, salience_logit)
+from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule, about, compact_memory, dopamine, engrams,
+                    norm_ratio, output_change, read_session, room_left, salience, salience_logit)
 from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block_module, flops_per_token, generate,
                    load_backbone, load_graft, mean_and_square, read_tensors, replies, save_backbone, save_graft, successors)
 
@@ -63,7 +64,7 @@ rows = 24                                   # windows of held-out text per seed
 T = 256                                     # tokens per window
 questions = 100                             # per seed and number of facts
 kills = 300                                 # of `endurance`
-full = False                                # also train the arms of "depth or thinking time?"
+full = False                                # everything: depth or thinking time?; opponents, ablations, two hops, MQAR
 full_steps = 250                            # steps per arm and seed
 
 
@@ -978,11 +979,42 @@ def ablation_figures(s: Sample) -> dict:
         few.ctm.config = replace(few.ctm.config, ticks=k)
         text = OrdinaryText(few.model, s.windows[:8])
         note(f"K={k}", few.write(few.factors(s.texts[10])), few, text, text.nats(None))
+    for name, cap in (("synapse layer too, 1 % of its norm", 0.01), ("synapse layer too, 10 %", 0.1)):
+        with changed(mind.model, synapse_change(s, cap)):
+            text = OrdinaryText(mind.model, s.windows[:8])
+            note(name, s.whole, mind, text, base_nats)
     bare = Mind()
     bare.ctm.baseline.zero_()                                       # what the block reads moves as well: nothing here was trained without it
     text = OrdinaryText(bare.model, s.windows[:8])
     note("no baseline", bare.write(bare.factors(s.texts[10])), bare, text, base_nats)
     return found
+
+
+def synapse_change(s: Sample, cap: float) -> dict[str, Tensor]:
+    """What the salient tokens would write into the last synapse layer: dopamine x (z - mean z) (pre - mean pre)' at the read tick,
+    the means those of ordinary text, the sum scaled to `cap` of the layer's norm. Keys move with it, so that nothing is exact any more.
+    """
+    model, ctm = s.mind.model, s.mind.ctm
+    last = f"ctm.synapse.up.{len(ctm.synapse.up) - 1}"
+
+    def lived(tokens: Tensor) -> tuple[Thought, Tensor, Tensor]:
+        """-> the thought, and pre (B, T, in) and z (B, T, D) at its read ticks."""
+        pre, post = [], []
+        handles = [model.get_submodule(last).register_forward_hook(lambda _, given, out: pre.append(given[0])),
+                   ctm.nlm.register_forward_hook(lambda _, given, out: post.append(out.T.unflatten(0, tokens.shape)))]
+        thought = model(tokens)
+        for handle in handles:
+            handle.remove()
+        return thought, *(thought.at_read_tick(torch.stack(x, 2)) for x in (pre, post))
+    _, *ordinary = lived(ctm.ordinary)
+    mean_pre, mean_post = (x.flatten(0, 1).mean(0) for x in ordinary)
+    total = torch.zeros(len(mean_post), len(mean_pre))
+    for text in s.texts[10]:
+        thought, pre, post = lived(torch.tensor([s.mind.words.encode(text)]))
+        told = salience(ctm, thought.key[0, :-1]) > 0.5
+        reward = dopamine(thought.nats[0, :-1], ctm.mean_surprise)[told]
+        total += ((post[0, :-1][told] - mean_post) * reward[:, None]).T @ (pre[0, :-1][told] - mean_pre)
+    return {f"{last}.weight": total * cap * model.get_submodule(last).weight.norm() / total.norm()}
 
 
 # -----------------------------------------------------------------------------
@@ -1076,6 +1108,7 @@ def mqar_model(S: int, width: int = 64) -> NanoCTM:
     model = NanoCTM(BackboneConfig(MQAR_VOCABULARY, width, 64, 1, 2, 2, 32, rope_theta=1e4, max_position_embeddings=512),
                     ThoughtConfig(4, 4, S, 4, 64, head_dim=32))
     model.backbone.initialise()
+    torch.nn.init.normal_(model.backbone.embed_tokens.weight, std=width ** -0.5)               # as MatrixState: random tokens, told apart from the start
     return model
 
 
@@ -1094,7 +1127,7 @@ def mqar_loss(model: NanoCTM, told: Tensor, asked: Tensor, due: Tensor) -> tuple
     return loss + worth, mean_and_square(ticks)
 
 
-def mqar_figures(s: Sample, steps: int = 400, rows: int = 64) -> dict:
+def mqar_figures(s: Sample, steps: int = 250, rows: int = 64) -> dict:
     """Share of values due that are answered right (arg max over 8,192): pairs told in one session each, asked in another process.
 
     Each model learns `steps` batches of every shape in turn, and is then tested on examples that it never saw.
