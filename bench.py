@@ -1103,10 +1103,10 @@ class MatrixState(torch.nn.Module):
 
 
 def mqar_model(S: int, width: int = 64) -> NanoCTM:
-    """One layer of attention and a CTM of 4 ticks, everything to be learned."""
+    """One layer of attention and a CTM of 2 ticks, everything to be learned."""
     torch.manual_seed(S)
     model = NanoCTM(BackboneConfig(MQAR_VOCABULARY, width, 64, 1, 2, 2, 32, rope_theta=1e4, max_position_embeddings=512),
-                    ThoughtConfig(4, 4, S, 4, 64, head_dim=32))
+                    ThoughtConfig(2, 2, S, 4, 64, head_dim=32))
     model.backbone.initialise()
     torch.nn.init.normal_(model.backbone.embed_tokens.weight, std=width ** -0.5)               # as MatrixState: random tokens, told apart from the start
     return model
@@ -1138,9 +1138,9 @@ def mqar_figures(s: Sample, steps: int = 250, rows: int = 64) -> dict:
         ours = mqar_model(S)
         models = {"ctm": ours, "linear": MatrixState(64, S, False), "delta": MatrixState(64, S, True)}
         for name, model in models.items():
-            optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.0)
             for step in range(steps):
-                optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20, 2 * (steps - step) / steps)
+                optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 20, 2 * (steps - step) / steps)
                 told, asked, due = mqar(chance, rows // 2, *MQAR_SHAPES[step % 3])
                 if name == "ctm":
                     loss, seen = mqar_loss(model, told, asked, due)
