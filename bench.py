@@ -1379,7 +1379,7 @@ def lies(fire: Fire) -> dict[str, tuple[dict, dict]]:
 
     def said(**change) -> tuple[dict, dict]:
         return tensors, about | change
-    return {"NaN": spoiled(value, math.nan), "Inf": spoiled(key, math.inf), "NaN in a snapshot": spoiled("1.snapshot.alpha", math.nan),
+    return {"NaN": spoiled(value, math.nan), "Inf": spoiled("1.factors.surprise", math.inf), "NaN in a snapshot": spoiled("1.snapshot.alpha", math.nan),
             "other factors": spoiled(value, 1.0), "wrong shape": tensor(key, tensors[key][:, 1:]), "fewer rows": tensor(value, tensors[value][1:]),
             "wrong type": tensor(key, tensors[key].double()), "no keys": ({k: v for k, v in tensors.items() if k != key}, about),
             "absolute path": entry(id=str(fire.folder / "escaped")), "climbing path": entry(id="../../escaped"), "no id": entry(id=""),

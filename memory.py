@@ -85,8 +85,9 @@ class Factors(NamedTuple):
 
     def rounded(self) -> "Factors":
         """As a store holds them, and writes them: a third of the bytes. A key is a direction, so it needs no scale."""
-        largest = self.keys.abs().amax(1, keepdim=True).clamp(min=1e-9)
-        return self._replace(keys=(127 * self.keys / largest).round().to(torch.int8), values=self.values.half())
+        keys = self.keys.float()                                    # int8 would overflow: what was rounded stays as it is
+        largest = keys.abs().amax(1, keepdim=True).clamp(min=1e-9)
+        return self._replace(keys=(127 * keys / largest).round().to(torch.int8), values=self.values.half())
 
     def unit_keys(self) -> Tensor:
         """(n, S) fp64, of unit length."""
