@@ -522,7 +522,8 @@ def own_guess(mind: Mind, world: data.FactWorld, fact: data.Fact) -> Factors:
 def capacity_figures(mind: Mind, world: data.FactWorld) -> dict:
     """Recall of 100 of the facts told so far, in sessions of 10, as they become more."""
     S = mind.ctm.config.sync
-    sizes = [n for n in (S // 8, S // 4, S // 2, S, 2 * S, 4 * S) if n <= len(world.names) * len(data.RELATIONS)]
+    most = len(world.names) * len(data.RELATIONS)                   # what can be said of the people that there are
+    sizes = sorted({min(n, most) for n in (S // 8, S // 4, S // 2, S, 2 * S, 4 * S)})
     facts, plastic, told, found = world.population(sizes[-1]), None, 0, {}
     left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
     for n in sizes:
@@ -539,8 +540,12 @@ def arm_figures(s: Sample) -> dict:
     off = mind.recall(world, facts, None)
     found = {f"off_{n}": off for n in (1, 10, 100)} | {"off_text_nats": nats(None)}
     for n in (1, 10):
-        said = mind.ask([world.ask(f, held_out=True) for f in facts], None, [text for text in s.texts[n] for _ in range(n)])
-        found[f"in_context_{n}"] = mean(map(data.is_recalled, said, facts))
+        groups = batches(list(range(len(facts))), n)
+        asked = [s.questions(which) for which in groups]
+        said = iter(mind.ask(sum(asked, []), None, [text for text, questions in zip(s.texts[n], asked) for _ in questions]))
+        graded = [s.graded(which, [next(said) for _ in questions]) for which, questions in zip(groups, asked)]
+        right = {kind: mean(x for g in graded for x in g[kind]) for kind in graded[0]}
+        found |= {f"in_context_{n}": right["paraphrase"], f"in_context_{n}_near_miss": right["near_miss"]}
     for n, factors in ((1, [s.singles[0][0]]), (10, s.factors[:1]), (100, s.factors)):
         weight = mind.write(factors).weight
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
@@ -763,7 +768,8 @@ def memory() -> dict:
             "carry": {k: v[f"carry_{k[5:]}"] for k in ("nats_with", "nats_without", "nats_shuffled")},
             "warm_start": {k: v[f"warm_{k[5:]}"] for k in ("nats_nearest", "nats_cold", "nats_wrong")},
             "write_cost_ratio": v["write_cost_ratio"], "write_flops": v["write_flops"], "factors_per_fact": v["factors_per_fact"],
-            "S": load_graft(base, Path(graft)).ctm.config.sync, "questions": 100 * seeds, "text_sha256": HeldOut(data.Tokenizer(tokenizer)).sha256, "sd": {k: x["sd"] for k, x in found.items()}} 
+            "S": load_graft(base, Path(graft)).ctm.config.sync, "questions": 100 * seeds,
+            "text_sha256": HeldOut(data.Tokenizer(tokenizer)).sha256, "sd": {k: x["sd"] for k, x in found.items()}}
 
 
 # -----------------------------------------------------------------------------
