@@ -1,15 +1,17 @@
 """Train nanoCTM: one loop for every phase.
 
-    python train.py config/tiny_phase1.py                  # the small backbone learns language, from nothing
-    python train.py config/tiny_phase2.py                  # the CTM block learns to think in its last layer
-    python train.py config/tiny_phase3.py                  # and to be written to
-    python train.py config/phase2.py --dry_run=True        # what a run will need, without any weights
-    torchrun --nproc_per_node=2 train.py config/...        # data-parallel; on CPUs one thread per process is fastest
+    python train.py config/tiny_phase1.py       # the small backbone learns language, from nothing
+    python train.py config/tiny_phase2.py       # the CTM block learns to think in its last layer
+    python train.py config/tiny_phase3.py       # and to be written to
+    python train.py config/phase2.py --dry_run=True  # what a run will need, without any weights
+    torchrun --nproc_per_node=2 train.py config/...  # data-parallel;
+                                                       on CPUs one thread per process is fastest
 
-Phase 1: cross-entropy. Phase 2: the block first imitates the FFN that it replaces (regression on its output, no head
-needed), then learns by the tick loss. Phase 3: it reads with a carried state and learns to be written to: told in one
-session, solved into a memory with gradients, asked in another. All read the same mixture. A run resumes exactly: batches
-are a function of (seed, step), so the step is the data position. Checkpoints: out_dir/last and out_dir/best.
+Phase 1: cross-entropy. Phase 2: the block first imitates the FFN that it replaces (regression on
+its output, no head needed), then learns by the tick loss. Phase 3: it reads with a carried state
+and learns to be written to: told in one session, solved into a memory with gradients, asked in
+another. All read the same mixture. A run resumes exactly: batches are a function of (seed, step),
+so the step is the data position. Checkpoints: out_dir/last and out_dir/best.
 Left out on purpose: anything that changes K or the architecture in the middle of a run.
 """
 import json
@@ -31,17 +33,20 @@ from safetensors.torch import save_file
 
 import configurator
 import data
-from memory import Lived, Plastic, SessionMemory, compact_memory, dopamine, engrams, read_session, salience, salience_logit
-from model import (HEAD_ENTRIES, BackboneConfig, CTMBlock, NanoCTM, Thought, ThoughtConfig, Ticks, at_tick, block_module, choose_device, fingerprint,
-                   flops_per_token, load_backbone, load_graft, mean_and_square, read_tensors, replies, save_backbone, save_graft, successors, take)
+from memory import (Lived, Plastic, SessionMemory, compact_memory, dopamine, engrams, read_session,
+                    salience, salience_logit)
+from model import (HEAD_ENTRIES, BackboneConfig, CTMBlock, NanoCTM, Thought, ThoughtConfig, Ticks,
+                   at_tick, block_module, choose_device, fingerprint, flops_per_token,
+                   load_backbone, load_graft, mean_and_square, read_tensors, replies,
+                   save_backbone, save_graft, successors, take)
 
 # -----------------------------------------------------------------------------
 # settings, overridden by a config file and the command line
 
 phase = 1                   # 1 language, 2 thinking
 out_dir = "out/tiny_phase1" # checkpoints and log.jsonl
-base = ""                   # the backbone to start from, a Qwen3 folder or a Hugging Face name; phase 1: "" is from nothing
-block = "ctm"               # phase 2: what learns in the last layer: "ctm", or "ffn" (the control: its own FFN, further)
+base = ""                   # Qwen3 folder or Hugging Face name to start from; phase 1: "" for none
+block = "ctm"               # phase 2, last layer: "ctm" learns, or as control its own "ffn" further
 resume = False              # go on from out_dir/last
 seed = 1
 # data
@@ -49,7 +54,7 @@ tokenizer = "weights"       # a folder with ranks.json, or a Hugging Face name
 text = "data/tiny"          # a folder made by data.py
 text_share = 0.25           # rows of text among rows of fact sessions
 told_share = 0.15           # what is learned of a session besides its answers
-curriculum = 0              # steps in which all statements are worded like answers; as many more to full variety
+curriculum = 0              # steps of statements worded like answers; as many more to full variety
 B = 16                      # rows per micro-batch and process
 T = 256                     # tokens per row
 accumulation = 1            # micro-batches per step
@@ -80,33 +85,33 @@ weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
 clip = 1.0                  # norm of the gradient at most
-other_tick = "any"          # phase 2, the tick loss beside the most certain tick: "any" by chance, or the "best"
-thinking_share = 1.0        # share of a row's tokens that think at a step; the block costs that much less
+other_tick = "any"          # phase 2 loss, beside the most certain tick: "any" by chance, or "best"
+thinking_share = 1.0        # share of a row that thinks at a step; the block costs that much less
 inherited_share = 0.3       # phases 2, 3: steps that start from an earlier session's sync
 # phase 3
 graft = ""                  # the thinking block to start from
 chunk = 32                  # C: tokens between two renewals of the carried sync
-carry_rows = 4              # rows of the mixture on the steps that read it chunk by chunk, gradients through the carry
+carry_rows = 4              # mixture rows on steps that read by chunks, gradients through the carry
 carry_share = 0.25          # these steps; on the others nothing is carried
-cut_share = 0.75            # of the carrying steps: the context is dropped between contexts, the sync goes on
+cut_share = 0.75            # of the carrying steps: between contexts all but the sync is dropped
 cut_contexts = 4            # a row is cut into so many contexts
-document_write = False      # at a cut, what was read is written too and the rest read with it: long text as sessions
-episode_facts = 64          # told a step and process, in sessions that share one memory, and asked in others
-carry_facts = 24            # the same on carrying steps, where every token told thinks; the rest is told without gradients
+document_write = False      # at a cut write what was read, read on with it: long text as sessions
+episode_facts = 64          # told per step and process in sessions of one memory, asked in others
+carry_facts = 24            # on carrying steps, all tokens think; the rest told without gradients
 crowd_facts = 64            # beside them, known to the same memory and told without gradients
 episode_weight = 0.5        # of all that episodes teach, beside the mixture
 through_write = True        # learn through the write; False is the control
 write_strength = 20.0       # eta at the start: |g E|^2 eta / |h| should be several nats
-write_rule = "solved"       # how factors become the memory in training: "sum", or "solved" by ridge regression
+write_rule = "solved"       # memory of factors in training: "sum", or "solved" by ridge regression
 write_ridge = 1e-3          # of the solved rule
 write_n0 = 5.0              # of the solved rule: ordinary text weighs as much as so many keys
 write_n_due = 5.0           # and as much what all keys share where a value is due
 contrast_weight = 1.0       # key where a fact was told against key where it is asked
 contrast_scale = 15.0       # of the cosines
-reading_weight = 3.0        # squared error of how much of each fact a question reads: of its own 1, of others and by strangers 0
-teacher = False             # phases 2, 3: the backbone's own FFN teaches too, half and half with the text, on steps that carry nothing
+reading_weight = 3.0        # squared error of facts read: by its question 1, by others, strangers 0
+teacher = False             # phases 2, 3: without a carry, the FFN and the text teach half and half
 locality_weight = 1.0       # KL on text and on people never told of, with and without the memory
-salience_weight = 0.5       # cross-entropy of salience with being a value, which somebody may ask for
+salience_weight = 0.5       # cross-entropy of salience with being a value that may be asked for
 baseline_rate = 0.01        # of the running mean and variance of y_out
 # machine
 device = ""                 # "" picks cuda when there is one
@@ -148,21 +153,25 @@ def average_gradients(parameters: list[torch.Tensor], world: int) -> None:
 # what is trained
 
 def build_model() -> NanoCTM:
-    """The model of this phase with only its learning part requiring gradients. ValueError in one line."""
+    """The model of this phase with only its learning part requiring gradients.
+    ValueError in one line."""
     if phase == 1 and base:
-        return load_backbone(base)                                  # pretrained: measured, or trained further
+        return load_backbone(base)                                  # pretrained: measured or tuned
     if phase == 1:
         shape = {k: globals()[k] for k in BackboneConfig.__dataclass_fields__ if k in globals()}
         model = NanoCTM(BackboneConfig(**shape), block="ffn")
         model.backbone.initialise()
         return model
     if not base:
-        raise ValueError(f"phase {phase} expected base, found none: run `python train.py config/tiny_phase1.py` first, then set "
+        raise ValueError(f"phase {phase} expected base, found none: run "
+                         "`python train.py config/tiny_phase1.py` first, then set "
                          "--base=out/tiny_phase1/last, or --base=Qwen/Qwen3-0.6B")
     if phase == 3 and not graft:
-        raise ValueError("phase 3 expected graft, found none: run `python train.py config/tiny_phase2.py` first, then set "
+        raise ValueError("phase 3 expected graft, found none: run "
+                         "`python train.py config/tiny_phase2.py` first, then set "
                          "--graft=out/tiny_phase2/last/graft.safetensors")
-    model = load_graft(base, Path(graft)) if phase == 3 else load_backbone(base, thought=thought_config(), block=block)
+    model = (load_graft(base, Path(graft)) if phase == 3
+             else load_backbone(base, thought=thought_config(), block=block))
     if phase == 3:
         model.ctm.log_eta.data.fill_(math.log(write_strength))
     model.requires_grad_(False)
@@ -194,12 +203,15 @@ def learning_rate(step: int) -> float:
 Batch = tuple[torch.Tensor, ...]
 
 
-def mixture_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor, dict, Thought | None]:
-    """Loss of one micro-batch, a report (nats of the tick read, its mean index, the block's mean y_out), and the thought."""
+def mixture_loss(model: NanoCTM, batch: Batch, step: int
+                 ) -> tuple[torch.Tensor, dict, Thought | None]:
+    """Loss of one micro-batch, a report (nats of the tick read, its mean index,
+    the block's mean y_out), and the thought."""
     tokens, weight, before = batch
     trunk = model.trunk(tokens)
     imitating = model.ctm is not None and step < imitation_steps
-    m = inherited_sync(model, before) if model.ctm and not imitating and share_of_steps(inherited_share, step) else None
+    m = (inherited_sync(model, before)
+         if model.ctm and not imitating and share_of_steps(inherited_share, step) else None)
     where = thinking_tokens(weight) if model.ctm else None
     ticks, u = model.ticks(*trunk, m=m, where=where), trunk[1]
     following = successors(tokens)
@@ -219,17 +231,21 @@ def mixture_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor,
 
 
 def thinking_tokens(weight: torch.Tensor) -> torch.Tensor:
-    """weight (B, T) -> (B, n) positions, in order: those that are learned first, chance among equals."""
+    """weight (B, T) -> (B, n) positions, in order:
+    those that are learned first, chance among equals."""
     return foremost(weight, max(1, int(weight.shape[1] * thinking_share)))
 
 
 def foremost(importance: torch.Tensor, n: int) -> torch.Tensor:
-    """importance (B, T) -> the n most important positions of each row, in order, by chance among equals."""
-    return (importance + torch.rand(importance.shape).to(importance)).topk(n, 1).indices.sort(1).values
+    """importance (B, T) -> the n most important positions of each row, in order,
+    by chance among equals."""
+    return ((importance + torch.rand(importance.shape).to(importance))
+            .topk(n, 1).indices.sort(1).values)
 
 
 def imitation_loss(model: NanoCTM, ticks: Ticks, u: torch.Tensor) -> torch.Tensor:
-    """Squared distance of every tick's output to the FFN's, relative to the power of the FFN's; 1 is saying nothing."""
+    """Squared distance of every tick's output to the FFN's, relative to the power of the FFN's;
+    1 is saying nothing."""
     with torch.no_grad():
         wanted = model.backbone.layers[-1].mlp(u)[ticks.real].float()
     return (ticks.out[ticks.real].float() - wanted[:, None]).pow(2).mean() / wanted.pow(2).mean()
@@ -241,21 +257,26 @@ def share_of_steps(share: float, step: int) -> bool:
 
 
 def inherited_sync(model: NanoCTM, before: torch.Tensor) -> torch.Tensor:
-    """m (B, 2, S) after reading the end of what came before. No gradient here: phase 3 trains the carry."""
+    """m (B, 2, S) after reading the end of what came before.
+    No gradient here: phase 3 trains the carry."""
     with torch.no_grad():
-        real = (before >= 0).sum(1, keepdim=True)                   # rows are padded on the right: their last 64 tokens
+        real = (before >= 0).sum(1, keepdim=True)                   # right-padded: last 64 tokens
         last = real - 64 + torch.arange(64, device=before.device)
-        return read_session(model, before.gather(1, last.clamp(min=0)).masked_fill(last < 0, -1))[0].m
+        return read_session(
+            model, before.gather(1, last.clamp(min=0)).masked_fill(last < 0, -1))[0].m
 
 
 # -----------------------------------------------------------------------------
 # losses of phase 3: the carry, and learning to be writable
 
-def read_in_chunks(model: NanoCTM, tokens: torch.Tensor, session: SessionMemory, plastic: torch.Tensor | None = None) -> list[Thought]:
-    """Thoughts about one context, chunk by chunk with the carried sync, gradients throughout; the trunk runs ahead."""
+def read_in_chunks(model: NanoCTM, tokens: torch.Tensor, session: SessionMemory,
+                   plastic: torch.Tensor | None = None) -> list[Thought]:
+    """Thoughts about one context, chunk by chunk with the carried sync, gradients throughout;
+    the trunk runs ahead."""
     trunk, following, at, thoughts = model.trunk(tokens), successors(tokens), 0, []
     while at < tokens.shape[1]:
-        where = torch.arange(at, min(at + session.room(tokens[:, at:]), tokens.shape[1]), device=tokens.device).expand(len(tokens), -1)
+        where = torch.arange(at, min(at + session.room(tokens[:, at:]), tokens.shape[1]),
+                             device=tokens.device).expand(len(tokens), -1)
         ticks = model.ticks(*trunk, m=session.m, where=where)
         thoughts.append(model.measure(ticks, following.gather(1, where), plastic))
         session.observe(thoughts[-1], following.gather(1, where))
@@ -263,29 +284,37 @@ def read_in_chunks(model: NanoCTM, tokens: torch.Tensor, session: SessionMemory,
     return thoughts
 
 
-def carried_loss(model: NanoCTM, batch: Batch, step: int) -> tuple[torch.Tensor, dict, list[Thought]]:
-    """The mixture read as sessions: sync carried from chunk to chunk, at times from before, at times across a cut."""
+def carried_loss(model: NanoCTM, batch: Batch, step: int
+                 ) -> tuple[torch.Tensor, dict, list[Thought]]:
+    """The mixture read as sessions:
+    sync carried from chunk to chunk, at times from before, at times across a cut."""
     tokens, weight, before = (x[:carry_rows] for x in batch)
-    session, turn = SessionMemory(model, len(tokens), chunk), int(step * carry_share)       # turn: which carrying step
+    session, turn = (SessionMemory(model, len(tokens), chunk),
+                     int(step * carry_share))                       # turn: which carrying step
     if share_of_steps(inherited_share, turn):
         session.start(inherited_sync(model, before))
     T = tokens.shape[1]
-    contexts, thoughts = tokens.split(-(-T // cut_contexts) if share_of_steps(cut_share, turn) else T, 1), []
+    contexts, thoughts = tokens.split(
+        -(-T // cut_contexts) if share_of_steps(cut_share, turn) else T, 1), []
     for i, context in enumerate(contexts):
         plastic = None
-        if document_write and i:                                    # what was read before the cut is written, the rest is read with it
+        if document_write and i:                                    # write what came before the cut
             lived, after = all_lived(thoughts), torch.cat([successors(c) for c in contexts[:i]], 1)
             known = (after >= 0) & lived.real
             plastic = remembered(model, lived, after, known) if known.any() else None
         thoughts += read_in_chunks(model, context, session, plastic)
     following, sizes = successors(tokens), [t.read_tick.shape[1] for t in thoughts]
-    losses, reports = zip(*(model.tick_loss(t, f, w, other_tick) for t, f, w in
-                            zip(thoughts, following.split(sizes, 1), weight.split(sizes, 1)) if (w > 0).any()))
-    return torch.stack(losses).mean(), {k: sum(r[k] for r in reports) / len(reports) for k in reports[0]}, thoughts
+    losses, reports = zip(*(model.tick_loss(t, f, w, other_tick) for t, f, w
+                            in zip(thoughts, following.split(sizes, 1), weight.split(sizes, 1))
+                            if (w > 0).any()))
+    return (torch.stack(losses).mean(),
+            {k: sum(r[k] for r in reports) / len(reports) for k in reports[0]}, thoughts)
 
 
-def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, crowd: data.Episodes, step: int) -> tuple[torch.Tensor, dict]:
-    """The mixture, with or without a carry, and episodes: what session A writes, session B is asked, beside ordinary text."""
+def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, crowd: data.Episodes,
+                step: int) -> tuple[torch.Tensor, dict]:
+    """The mixture, with or without a carry, and episodes:
+    what session A writes, session B is asked, beside ordinary text."""
     carrying = share_of_steps(carry_share, step)
     if carrying:
         loss, report, thoughts = carried_loss(model, batch, step)
@@ -294,9 +323,10 @@ def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, crowd: data.E
         thoughts = [thought]
     lived = all_lived(thoughts)
     if carrying:
-        report["key"] = lived.key[lived.real].detach()              # whole rows: what ordinary reading looks like
+        report["key"] = lived.key[lived.real].detach()              # whole rows: ordinary reading
     if through_write:
-        extra, more = episode_loss(model, told, crowd, (lived.hidden[lived.real], lived.key[lived.real]), carrying)
+        extra, more = episode_loss(
+            model, told, crowd, (lived.hidden[lived.real], lived.key[lived.real]), carrying)
         loss, report = loss + episode_weight * extra, report | more
     return loss, report
 
@@ -305,70 +335,93 @@ def all_lived(thoughts: list[Thought]) -> Lived:
     return Lived(*(torch.cat(column, 1) for column in zip(*map(Lived.of, thoughts))))
 
 
-def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: tuple, carrying: bool) -> tuple[torch.Tensor, dict]:
-    """Tell session A, write, ask session B in a fresh context: tick loss on its answers, what each question reads, contrast
-    of keys, locality. On carrying steps B is warm-started with A's sync, as a living session may be.
-    """
+def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: tuple,
+                 carrying: bool) -> tuple[torch.Tensor, dict]:
+    """Tell session A, write, ask session B in a fresh context: tick loss on its answers, what each
+    question reads, contrast of keys, locality. On carrying steps B is warm-started with A's sync,
+    as a living session may be."""
     lived, following, news, at, m = told_session(model, e, carrying)
-    known, rows, root = (following >= 0) & lived.real, e.told_at[:, 0], math.sqrt(lived.key.shape[-1])
+    known, rows, root = ((following >= 0) & lived.real, e.told_at[:, 0],
+                         math.sqrt(lived.key.shape[-1]))
     own = telling(model, lived, following, known)
     keys, values, salient = map(torch.cat, zip(own, crowd_factors(model, crowd)))
-    mind_of_row = shared_memories(len(e.told)).to(keys.device)      # (B,) the memory that a row writes to, and is asked with
-    mind = F.pad(mind_of_row[:, None].expand_as(known)[known], (0, len(keys) - len(own[0])))   # of each factor; the crowd's is the first
+    mind_of_row = shared_memories(len(e.told)).to(keys.device)      # (B,) memory written and asked
+    mind = F.pad(mind_of_row[:, None].expand_as(known)[known],
+                 (0, len(keys) - len(own[0])))                      # of each factor; crowd's: first
     several = bool(mind_of_row.any())
-    with torch.autocast(keys.device.type, enabled=False):           # a solved reader is no affair of bf16
+    with torch.autocast(keys.device.type, enabled=False):           # solving is no affair of bf16
         reader = written(model.ctm, keys.float(), salient.float(), mind)
         heard = (mind_of_row[:, None] == mind).float()              # (B, factors)
-        each = [values[mind == i].T @ reader[:, mind == i].T for i in range(int(mind_of_row.max()) + 1)]
+        each = [values[mind == i].T @ reader[:, mind == i].T
+                for i in range(int(mind_of_row.max()) + 1)]
         plastic = torch.stack(each)[mind_of_row] if several else each[0]
 
-    where = due_first(e.weight != 0, 2) if carrying else due_first((e.weight < 0) | (e.weight > 1), 4, e.weight > 0)
-    ticks, after = model.ticks(*model.trunk(e.asked), m=m, where=where), successors(e.asked).gather(1, where)
+    where = (due_first(e.weight != 0, 2) if carrying
+             else due_first((e.weight < 0) | (e.weight > 1), 4, e.weight > 0))
+    ticks, after = (model.ticks(*model.trunk(e.asked), m=m, where=where),
+                    successors(e.asked).gather(1, where))
     thought, weight = model.measure(ticks, after, plastic), e.weight.gather(1, where)
     answers, _ = model.tick_loss(thought, after, weight, other_tick)
 
     silent, alone = weight < 0, thought.alone
     nobody = silent.nonzero()[:, 0]                                 # row of each stranger
-    row, column, fact = e.asked_at[:, 0], place(where, e.asked)[*e.asked_at[:, :2].T], e.asked_at[:, 2]
-    told_keys, asked_keys, strange_keys = lived.key[rows, at] / root, alone.key[row, column] / root, alone.key[silent] / root
+    row, column, fact = (e.asked_at[:, 0], place(where, e.asked)[*e.asked_at[:, :2].T],
+                         e.asked_at[:, 2])
+    told_keys, asked_keys, strange_keys = (
+        lived.key[rows, at] / root, alone.key[row, column] / root, alone.key[silent] / root)
     agreement = asked_keys @ told_keys.T                            # (questions, facts) cosines
     contrast = F.cross_entropy(contrast_scale * agreement, fact)
-    spot = (known.flatten().cumsum(0) - 1).view_as(known)[rows, at]         # of each fact among the factors
-    with torch.autocast(keys.device.type, enabled=False):           # (questions and strangers, factors)
-        found = torch.cat([asked_keys, strange_keys]).float() @ reader * heard[torch.cat([row, nobody])]
+    spot = (known.flatten().cumsum(0) - 1).view_as(known)[rows, at] # of each fact among the factors
+    with torch.autocast(keys.device.type, enabled=False):           # (questions+strangers, factors)
+        found = (torch.cat([asked_keys, strange_keys]).float() @ reader
+                 * heard[torch.cat([row, nobody])])
     text_hidden, text_key = text
     few = torch.randperm(len(text_key))[:128].to(text_key.device)
-    local = locality_loss(model, text_hidden[few], text_key[few] / root @ (plastic[0] if several else plastic).T)
+    local = locality_loss(model, text_hidden[few],
+                          text_key[few] / root @ (plastic[0] if several else plastic).T)
     if len(nobody):
-        local = local + locality_loss(model, at_tick(alone.hidden, alone.read_tick)[silent], found[len(fact):] @ values.float())
+        local = local + locality_loss(model, at_tick(alone.hidden, alone.read_tick)[silent],
+                                      found[len(fact):] @ values.float())
     read = found * salient
     wanted = torch.zeros_like(read)
     wanted[torch.arange(len(fact)), spot[fact]] = 1.0
     reading = (read - wanted).pow(2).sum(1).mean()
-    worth = F.binary_cross_entropy_with_logits(salience_logit(model.ctm, lived.key[known]).float(), news[known])       # values are asked for later
-    loss = answers + contrast_weight * contrast + reading_weight * reading + locality_weight * local + salience_weight * worth
+    worth = F.binary_cross_entropy_with_logits(                     # values are asked for later
+        salience_logit(model.ctm, lived.key[known]).float(), news[known])
+    loss = (answers + contrast_weight * contrast + reading_weight * reading
+            + locality_weight * local + salience_weight * worth)
     right = agreement.argmax(1) == fact
-    return loss, {"value_nats": thought.nats[row, column].mean().item(), "contrast": contrast.item(), "reading": reading.item(),
-                  "own": read[torch.arange(len(fact)), spot[fact]].mean().item(), "stranger": read[len(fact):].amax(1).mean().item() if len(nobody) else 0.0,
-                  "local": local.item(), "agree": agreement.gather(1, fact[:, None]).mean().item(), "hit": right.float().mean().item(),
-                  "rank": participation_ratio(told_keys).item(), "salient": salient.mean().item(), "salient_facts": salience(model.ctm, told_keys * root).mean().item(),
-                  "due": torch.cat([told_keys, asked_keys, strange_keys]).detach() * root}
+    return loss, {
+        "value_nats": thought.nats[row, column].mean().item(),
+        "contrast": contrast.item(), "reading": reading.item(),
+        "own": read[torch.arange(len(fact)), spot[fact]].mean().item(),
+        "stranger": read[len(fact):].amax(1).mean().item() if len(nobody) else 0.0,
+        "local": local.item(), "agree": agreement.gather(1, fact[:, None]).mean().item(),
+        "hit": right.float().mean().item(), "rank": participation_ratio(told_keys).item(),
+        "salient": salient.mean().item(),
+        "salient_facts": salience(model.ctm, told_keys * root).mean().item(),
+        "due": torch.cat([told_keys, asked_keys, strange_keys]).detach() * root}
 
 
-EPISODE_FIGURES = ("value_nats", "contrast", "reading", "own", "stranger", "local", "agree", "hit", "rank", "salient", "salient_facts")
+EPISODE_FIGURES = ("value_nats", "contrast", "reading", "own", "stranger", "local", "agree", "hit",
+                   "rank", "salient", "salient_facts")
 
 
 @torch.no_grad()
 def participation_ratio(keys: torch.Tensor) -> torch.Tensor:
-    """In how many directions keys (n, S) spread, uncentred: (sum of squared singular values)^2 / sum of their squares."""
+    """In how many directions keys (n, S) spread, uncentred:
+    (sum of squared singular values)^2 / sum of their squares."""
     alike = keys @ keys.T
     return alike.trace() ** 2 / alike.pow(2).sum()
 
 
-def told_session(model: NanoCTM, e: data.Episodes, carrying: bool) -> tuple[Lived, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Read session A -> what was lived (B, n), successors, which are news (B, n), where among the n each fact's value was due, m.
+def told_session(model: NanoCTM, e: data.Episodes, carrying: bool
+                 ) -> tuple[Lived, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Read session A -> what was lived (B, n), successors, which are news (B, n),
+    where among the n each fact's value was due, m.
 
-    Carrying, all tokens think, chunk by chunk; else those where a value is due, and a few others: a fact costs a tenth then.
+    Carrying, all tokens think, chunk by chunk; else those where a value is due, and a few others:
+    a fact costs a tenth then.
     """
     if carrying:
         session = SessionMemory(model, len(e.told), chunk)
@@ -381,8 +434,10 @@ def told_session(model: NanoCTM, e: data.Episodes, carrying: bool) -> tuple[Live
     return lived, following, e.news.gather(1, where), place(where, e.told)[*e.told_at.T], None
 
 
-def telling(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Factors as a living session forms them, of the tokens in `known` (B, n): keys (N, S), values (N, D), salience (N,)."""
+def telling(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.Tensor
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Factors as a living session forms them, of the tokens in `known` (B, n):
+    keys (N, S), values (N, D), salience (N,)."""
     hidden, key, came = lived.hidden[known], lived.key[known], following[known]
     salient, (_, surprise) = salience(model.ctm, key), model.score(hidden, came)
     values = engrams(model, hidden, came, dopamine(surprise, model.ctm.mean_surprise) * salient)
@@ -390,12 +445,14 @@ def telling(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.
 
 
 def due_first(due: torch.Tensor, others: int, then: torch.Tensor | float = 0.0) -> torch.Tensor:
-    """due (B, T) bool -> positions (B, n): all that are due, and a few others by chance, of `then` (B, T) bool before the rest."""
+    """due (B, T) bool -> positions (B, n):
+    all that are due, and a few others by chance, of `then` (B, T) bool before the rest."""
     return foremost(4.0 * due + 2.0 * then, min(due.shape[1], int(due.sum(1).max()) + others))
 
 
 @torch.no_grad()
-def crowd_factors(model: NanoCTM, e: data.Episodes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def crowd_factors(model: NanoCTM, e: data.Episodes
+                  ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The factors of news alone, no gradients: others whom the memory knows."""
     where = foremost(2 * e.news, int(e.news.sum(1).max()))
     following, news = successors(e.told).gather(1, where), e.news.gather(1, where) > 0
@@ -405,50 +462,61 @@ def crowd_factors(model: NanoCTM, e: data.Episodes) -> tuple[torch.Tensor, torch
 
 def place(where: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Where each position of tokens (B, T) stands in `where` (B, n); 0 for those left out."""
-    return torch.zeros_like(tokens).scatter(1, where, torch.arange(where.shape[1]).to(where).expand_as(where))
+    return torch.zeros_like(tokens).scatter(
+        1, where, torch.arange(where.shape[1]).to(where).expand_as(where))
 
 
 def shared_memories(rows: int) -> torch.Tensor:
-    """(rows,) numbers of the memories that rows share: half the time all the same one, else four, or each row its own."""
+    """(rows,) numbers of the memories that rows share:
+    half the time all the same one, else four, or each row its own."""
     return torch.arange(rows) % (1, 1, 4, rows)[int(torch.randint(4, ()))]
 
 
-def written(ctm: CTMBlock, keys: torch.Tensor, salient: torch.Tensor, mind: torch.Tensor | None = None) -> torch.Tensor:
-    """Keys (n, S) -> the reader (S, n), with gradients: a key k reads k' reader of each factor, and W_m = values' reader'.
+def written(ctm: CTMBlock, keys: torch.Tensor, salient: torch.Tensor,
+            mind: torch.Tensor | None = None) -> torch.Tensor:
+    """Keys (n, S) -> the reader (S, n), with gradients:
+    a key k reads k' reader of each factor, and W_m = values' reader'.
 
-    "sum" is linear attention over the factors. "solved" is what the living rule arrives at when it may look at all
-    factors at once: W K' = V by ridge regression, with the same protection. mind (n,): which of several memories, solved
-    side by side, each factor belongs to.
+    "sum" is linear attention over the factors. "solved" is what the living rule arrives at when it
+    may look at all factors at once: W K' = V by ridge regression, with the same protection.
+    mind (n,): which of several memories, solved side by side, each factor belongs to.
     """
     if write_rule == "sum":
         return keys.T
-    keys, salient = keys.double(), salient.double()                 # small ridge, fp32 is not enough
-    prior = write_ridge * torch.eye(keys.shape[1]).to(keys) + write_n0 * ctm.key_moment.double() + write_n_due * ctm.due_moment.double()
+    keys, salient = keys.double(), salient.double()                 # small ridge: fp32 won't do
+    prior = (write_ridge * torch.eye(keys.shape[1]).to(keys)
+             + write_n0 * ctm.key_moment.double() + write_n_due * ctm.due_moment.double())
     toward = torch.linalg.solve(prior, keys.T)                      # (S, n)
     alike = keys @ toward
     if mind is not None:
         alike = alike * (mind[:, None] == mind)
     itself = torch.eye(len(keys)).to(keys)
-    return torch.linalg.solve(itself + salient[:, None] * alike, toward, left=False).float()    # values carry their salience already
+    # values carry their salience already
+    return torch.linalg.solve(itself + salient[:, None] * alike, toward, left=False).float()
 
 
-def remembered(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+def remembered(model: NanoCTM, lived: Lived, following: torch.Tensor,
+               known: torch.Tensor) -> torch.Tensor:
     """What was lived (B, n), as one memory W_m (D, S), with gradients."""
     keys, values, salient = telling(model, lived, following, known)
     return values.T @ written(model.ctm, keys, salient).T
 
 
 def locality_loss(model: NanoCTM, hidden: torch.Tensor, aid: torch.Tensor) -> torch.Tensor:
-    """KL from what is predicted without the memory to what is predicted with it, where it has nothing to say: hidden, aid (n, D)."""
+    """KL from what is predicted without the memory to what is predicted with it,
+    where it has nothing to say: hidden, aid (n, D)."""
     hidden = hidden.detach()
-    before, after = (model.head(x).float().log_softmax(-1) for x in (hidden, hidden + aid.to(hidden.dtype)))
+    before, after = (model.head(x).float().log_softmax(-1)
+                     for x in (hidden, hidden + aid.to(hidden.dtype)))
     return F.kl_div(after, before, log_target=True, reduction="batchmean")
 
 
 @torch.no_grad()
 def apply_baseline(model: NanoCTM, report: dict, step: int, world: int) -> None:
-    """Move the running means, after the optimizer's step only: y_out and its square per tick, and the surprise of a token."""
-    surprise = torch.tensor([report.get("nats", float(model.ctm.mean_surprise))], device=report["y_out"].device)
+    """Move the running means, after the optimizer's step only:
+    y_out and its square per tick, and the surprise of a token."""
+    surprise = torch.tensor([report.get("nats", float(model.ctm.mean_surprise))],
+                            device=report["y_out"].device)
     seen = torch.cat([report["y_out"].flatten(), surprise])
     if world > 1:
         dist.all_reduce(seen)
@@ -460,7 +528,8 @@ def apply_baseline(model: NanoCTM, report: dict, step: int, world: int) -> None:
 
 @torch.no_grad()
 def apply_moment(moment: torch.Tensor, key: torch.Tensor, before: int, world: int) -> None:
-    """Move a running second moment (S, S) towards that of these keys (n, S), as unit vectors; before: how often it was moved."""
+    """Move a running second moment (S, S) towards that of these keys (n, S), as unit vectors;
+    before: how often it was moved."""
     found = key.T @ key / key.shape[1] / len(key)
     if world > 1:
         dist.all_reduce(found)
@@ -470,13 +539,15 @@ def apply_moment(moment: torch.Tensor, key: torch.Tensor, before: int, world: in
 
 @torch.no_grad()
 def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str, batches: int = 12) -> None:
-    """Once the block is trained: both second moments anew, on so many batches of training material, none of it seen by the running means."""
+    """Once the block is trained: both second moments anew, on so many batches of training material,
+    none of it seen by the running means."""
     reading, due = [], []
     for i in range(batches):
-        rows, e = (tuple(torch.from_numpy(x).to(device) for x in made) for made in (mixture.batch(2, max_steps, i), mixture.episodes(64, max_steps, i)))
+        rows, e = (tuple(torch.from_numpy(x).to(device) for x in made) for made
+                   in (mixture.batch(2, max_steps, i), mixture.episodes(64, max_steps, i)))
         thought = model(rows[0])
         reading.append(thought.key[thought.real])
-        for tokens, wanted in ((e[0], e[1] > 0), (e[2], (e[3] > 1) | (e[3] < 0))):             # told, asked
+        for tokens, wanted in ((e[0], e[1] > 0), (e[2], (e[3] > 1) | (e[3] < 0))):  # told, asked
             where = foremost(wanted.float(), int(wanted.sum(1).max()))
             due.append(model(tokens, where=where).key[wanted.gather(1, where)])
     apply_moment(model.ctm.key_moment, torch.cat(reading), 0, 1)
@@ -488,13 +559,18 @@ def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str, batches:
 
 @torch.no_grad()
 def evaluate(model: NanoCTM, mixture: data.Mixture, device: str) -> dict[str, float]:
-    """Held-out text nats at the tick read, and in-context recall of held-out people by free generation."""
-    size, start = mixture.T, range(0, len(mixture.text) - mixture.T, max(mixture.T, len(mixture.text) // eval_rows))
-    rows = torch.stack([torch.from_numpy(mixture.text[i:i + size].astype("int64")) for i in list(start)[:eval_rows]])
-    nats = torch.cat([model(r.to(device)).nats[:, :-1].flatten() for r in rows.split(B)]).mean().item()
+    """Held-out text nats at the tick read,
+    and in-context recall of held-out people by free generation."""
+    size, start = mixture.T, range(0, len(mixture.text) - mixture.T,
+                                   max(mixture.T, len(mixture.text) // eval_rows))
+    rows = torch.stack([torch.from_numpy(mixture.text[i:i + size].astype("int64"))
+                        for i in list(start)[:eval_rows]])
+    nats = torch.cat([model(r.to(device)).nats[:, :-1].flatten()
+                      for r in rows.split(B)]).mean().item()
     found = {"val": nats}
     for n in (2, 8):
-        prompts, facts = data.context_questions(data.FactWorld(1000 + n, "held_out"), n, eval_questions)
+        prompts, facts = data.context_questions(
+            data.FactWorld(1000 + n, "held_out"), n, eval_questions)
         said = replies(model, mixture.tokenizer, prompts)
         found[f"recall_{n}"] = sum(map(data.is_recalled, said, facts)) / len(facts)
     if phase == 3:
@@ -503,17 +579,21 @@ def evaluate(model: NanoCTM, mixture: data.Mixture, device: str) -> dict[str, fl
     return found
 
 
-def recall_from_weights(model: NanoCTM, words: data.Tokenizer, n_facts: int, per_session: int = 10) -> float:
-    """Held-out people told once in sessions, written by the living rule, asked in other words in a fresh context."""
+def recall_from_weights(model: NanoCTM, words: data.Tokenizer, n_facts: int,
+                        per_session: int = 10) -> float:
+    """Held-out people told once in sessions, written by the living rule,
+    asked in other words in a fresh context."""
     world = data.FactWorld(2000 + n_facts, "held_out")
     facts = world.facts(n_facts)
-    sessions = [words.encode("".join(p.text for p in world.told(facts[at:at + per_session]))) for at in range(0, n_facts, per_session)]
+    sessions = [words.encode("".join(p.text for p in world.told(facts[at:at + per_session])))
+                for at in range(0, n_facts, per_session)]
     tokens = torch.from_numpy(data.padded(sessions, -1)).to(model.ctm.start_z.device)
     plastic = Plastic.blank(model.ctm)
     for factors in read_session(model, tokens, chunk)[1]:
         plastic = compact_memory(model.ctm, plastic, factors)
     asked = world.rng.sample(facts, min(n_facts, eval_questions))
-    said = replies(model, words, [data.user_turn(world.ask(f, held_out=True)) for f in asked], plastic=plastic.weight.float().to(tokens.device))
+    said = replies(model, words, [data.user_turn(world.ask(f, held_out=True)) for f in asked],
+                   plastic=plastic.weight.float().to(tokens.device))
     return sum(map(data.is_recalled, said, asked)) / len(asked)
 
 
@@ -521,15 +601,18 @@ def recall_from_weights(model: NanoCTM, words: data.Tokenizer, n_facts: int, per
 # checkpoints: model files that anybody can load, and the optimizer beside them
 
 def save(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, state: dict) -> None:
-    """Write a complete checkpoint into a neighbour folder, then swap it in; a crash leaves a whole one, at worst as `.old`."""
+    """Write a complete checkpoint into a neighbour folder, then swap it in;
+    a crash leaves a whole one, at worst as `.old`."""
     fresh = folder.with_suffix(".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     if phase == 1:
         save_backbone(model, fresh)
     else:
-        save_graft(model, fresh / "graft.safetensors", phase=str(phase), seed=str(seed), step=str(state["step"]))
-    moments = {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+        save_graft(model, fresh / "graft.safetensors", phase=str(phase), seed=str(seed),
+                   step=str(state["step"]))
+    moments = {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items()
+               for k, v in s.items()}
     save_file(moments, fresh / "optimizer.safetensors")
     (fresh / "state.json").write_text(json.dumps(state, indent=1))
     old = folder.with_suffix(".old")
@@ -540,7 +623,8 @@ def save(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, state: 
     shutil.rmtree(old, ignore_errors=True)
 
 
-def keep(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, state: dict, score: float) -> None:
+def keep(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, state: dict,
+         score: float) -> None:
     """Save as folder/last, and as folder/best too when no earlier score was as low."""
     if score < state["best"]:
         state["best"] = score
@@ -549,19 +633,25 @@ def keep(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, state: 
 
 
 def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, config: dict) -> dict:
-    """Load weights, moments and position from a checkpoint of the same run. ValueError in one line otherwise."""
+    """Load weights, moments and position from a checkpoint of the same run.
+    ValueError in one line otherwise."""
     if not (folder / "state.json").exists():
-        raise ValueError(f"--resume expected a checkpoint in {folder}, found none: start without --resume first")
+        raise ValueError(f"--resume expected a checkpoint in {folder}, found none: "
+                         "start without --resume first")
     state = json.loads((folder / "state.json").read_text())
     if state["processes"] != int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(f"--resume expected {state['processes']} processes as before, found {os.environ.get('WORLD_SIZE', 1)}: "
-                         f"start as many, or the run would be another one")
-    free = {"resume", "stop_at", "lr", "min_lr", "clip", "device", "out_dir", "compile", "checkpoint_ticks", "log_interval", "eval_interval"}
+        raise ValueError(f"--resume expected {state['processes']} processes as before, "
+                         f"found {os.environ.get('WORLD_SIZE', 1)}: start as many, "
+                         "or the run would be another one")
+    free = {"resume", "stop_at", "lr", "min_lr", "clip", "device", "out_dir", "compile",
+            "checkpoint_ticks", "log_interval", "eval_interval"}
     changed = [k for k, v in config.items() if k not in free and state["config"].get(k) != v]
     if changed:
-        raise ValueError(f"--resume expected the settings of {folder}, found {changed[0]}={config[changed[0]]!r} instead of "
+        raise ValueError(f"--resume expected the settings of {folder}, found "
+                         f"{changed[0]}={config[changed[0]]!r} instead of "
                          f"{state['config'].get(changed[0])!r}: resume with the same config")
-    saved = load_backbone(str(folder)) if phase == 1 else load_graft(base, folder / "graft.safetensors")
+    saved = (load_backbone(str(folder)) if phase == 1
+             else load_graft(base, folder / "graft.safetensors"))
     model.load_state_dict(saved.state_dict())
     (moments, _), own = read_tensors(folder / "optimizer.safetensors"), optimizer.state_dict()
     for name, value in moments.items():
@@ -575,15 +665,18 @@ def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, conf
 # what a run will need, without any weights
 
 def report_needs() -> None:
-    """Print parameters, FLOPs per token and an estimate of memory. Shapes only: nothing is downloaded or allocated."""
+    """Print parameters, FLOPs per token and an estimate of memory.
+    Shapes only: nothing is downloaded or allocated."""
     shape = {k: globals()[k] for k in BackboneConfig.__dataclass_fields__ if k in globals()}
     if base:
         local = Path(base) / "config.json"
         shape = asdict(BackboneConfig.from_json(Path(base)) if local.exists() else BackboneConfig())
         if not local.exists() and base != "Qwen/Qwen3-0.6B":
-            raise ValueError(f"--dry_run expected a folder with config.json or Qwen/Qwen3-0.6B, found {base!r}: download it first")
+            raise ValueError("--dry_run expected a folder with config.json or Qwen/Qwen3-0.6B, "
+                             f"found {base!r}: download it first")
     with torch.device("meta"):
-        model = NanoCTM(BackboneConfig(**shape), thought_config(), block="ffn" if phase == 1 else block)
+        model = NanoCTM(BackboneConfig(**shape), thought_config(),
+                        block="ffn" if phase == 1 else block)
     b, c, grafted = model.backbone.config, thought_config(), model.ctm is not None
     if phase > 1:
         model.requires_grad_(False)
@@ -593,18 +686,26 @@ def report_needs() -> None:
     flops, thinking = flops_per_token(b, c, T), thinking_share if grafted else 1.0
     forward = flops["trunk"] + (thinking * flops["block"] if grafted else flops["ffn"])
     n = B * T * thinking                                            # tokens that think at once
-    widths = sum(2 * layer.out_features for layer in [*model.ctm.synapse.down, *model.ctm.synapse.up]) if grafted else 0
+    widths = sum(2 * layer.out_features for layer
+                 in [*model.ctm.synapse.down, *model.ctm.synapse.up]) if grafted else 0
     D, K, S, h = b.hidden_size, c.ticks, c.sync, c.nlm_hidden
-    one_tick = n * 2 * (3 * widths + D * (2 * c.history + 6 * h + 8)) if grafted else B * T * 2 * 8 * b.intermediate_size
-    all_ticks = n * K * (2 * 4 * D + 4 * 10 * S) if grafted else 0  # z, a and outputs in bf16; sums and keys in fp32
+    one_tick = (n * 2 * (3 * widths + D * (2 * c.history + 6 * h + 8)) if grafted
+                else B * T * 2 * 8 * b.intermediate_size)
+    all_ticks = n * K * (2 * 4 * D + 4 * 10 * S) if grafted else 0  # z, a, out bf16; sum, key fp32
     cached = B * T * 2 * 2 * b.num_hidden_layers * b.num_key_value_heads * b.head_dim
-    memory = {"frozen weights, bf16": 2 * frozen, "learning: weights, gradients, two moments, fp32": 16 * learning,
-              "kept of every tick": all_ticks, "one tick, recomputed backwards" if checkpoint_ticks else "ticks, all kept":
-              one_tick * (1 if checkpoint_ticks or not grafted else K), "keys and values of the trunk": cached, "logits in flight": 3 * 4 * HEAD_ENTRIES["cuda"],
-              "trunk, a layer at a time": B * T * 2 * (8 * D + 3 * b.intermediate_size) * (b.num_hidden_layers if phase == 1 else 2)}
+    memory = {"frozen weights, bf16": 2 * frozen,
+              "learning: weights, gradients, two moments, fp32": 16 * learning,
+              "kept of every tick": all_ticks,
+              "one tick, recomputed backwards" if checkpoint_ticks else "ticks, all kept":
+                  one_tick * (1 if checkpoint_ticks or not grafted else K),
+              "keys and values of the trunk": cached,
+              "logits in flight": 3 * 4 * HEAD_ENTRIES["cuda"],
+              "trunk, a layer at a time": B * T * 2 * (8 * D + 3 * b.intermediate_size)
+                                          * (b.num_hidden_layers if phase == 1 else 2)}
     print(f"parameters: {frozen:,} frozen, {learning:,} trainable")
     print(f"FLOPs per token, forward: {forward:,.0f} (trunk {flops['trunk']:,}, "
-          + (f"block {flops['block']:,} over {K} ticks" if grafted else f"FFN {flops['ffn']:,}") + f", one reading {flops['head']:,})")
+          + (f"block {flops['block']:,} over {K} ticks" if grafted else f"FFN {flops['ffn']:,}")
+          + f", one reading {flops['head']:,})")
     print(f"tokens per step: {B * T * accumulation:,} per process")
     for what, size in memory.items():
         print(f"  {size / 1e9:6.2f} GB  {what}")
@@ -616,25 +717,33 @@ def report_needs() -> None:
 
 def header(config: dict, world: int) -> dict:
     """What somebody needs to run this again."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    return {"commit": commit, "hardware": hardware, "processes": world, "python": platform.python_version(),
-            "torch": torch.__version__, "config": config}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                            text=True).stdout.strip() or "unknown"
+    hardware = (torch.cuda.get_device_name() if torch.cuda.is_available()
+                else f"{platform.machine()} CPU, {os.cpu_count()} cores")
+    return {"commit": commit, "hardware": hardware, "processes": world,
+            "python": platform.python_version(), "torch": torch.__version__, "config": config}
 
 
 def check_settings() -> None:
     """ValueError in one line for what a type check cannot see."""
     if phase not in (1, 2, 3):
-        raise ValueError(f"expected phase 1, 2 or 3, found {phase}: phase 4 is living, see sample.py --memory on")
+        raise ValueError(f"expected phase 1, 2 or 3, found {phase}: "
+                         "phase 4 is living, see sample.py --memory on")
     if phase == 3 and block != "ctm":
-        raise ValueError(f"expected block 'ctm' in phase 3, found {block!r}: only the CTM block has keys to write to")
+        raise ValueError(f"expected block 'ctm' in phase 3, found {block!r}: "
+                         "only the CTM block has keys to write to")
     if teacher and (phase == 1 or block != "ctm"):
-        raise ValueError(f"expected teacher only where a CTM block learns, found phase {phase} with block {block!r}: set --teacher=False")
+        raise ValueError("expected teacher only where a CTM block learns, "
+                         f"found phase {phase} with block {block!r}: set --teacher=False")
     if other_tick not in ("any", "best"):
-        raise ValueError(f"expected other_tick 'any' or 'best', found {other_tick!r}: choose one of the two")
+        raise ValueError(f"expected other_tick 'any' or 'best', found {other_tick!r}: "
+                         "choose one of the two")
     if write_rule not in ("sum", "solved"):
-        raise ValueError(f"expected write_rule 'sum' or 'solved', found {write_rule!r}: choose one of the two")
-    for name in ("B", "T", "accumulation", "ticks", "history", "log_interval", "eval_interval", "eval_rows", "eval_questions"):
+        raise ValueError(f"expected write_rule 'sum' or 'solved', found {write_rule!r}: "
+                         "choose one of the two")
+    for name in ("B", "T", "accumulation", "ticks", "history", "log_interval", "eval_interval",
+                 "eval_rows", "eval_questions"):
         if globals()[name] < 1:
             raise ValueError(f"expected {name} of at least 1, found {globals()[name]}: raise it")
 
@@ -647,25 +756,28 @@ def main() -> None:
     where = choose_device(device)
     rank, world = start_processes(where)
     if where == "cpu":
-        torch.set_num_threads(1)                                    # more only pay on far larger models than the tiny one
-    torch.manual_seed(seed)                                         # the same weights in every process
+        torch.set_num_threads(1)                                    # more only pay on larger models
+    torch.manual_seed(seed)                                         # same weights in every process
     words = data.Tokenizer(tokenizer)
     train_text, val_text, about = data.open_tokens(Path(text), words.n_vocab)
     mixture, held_out = (data.Mixture(words, t, T, text_share, told_share, seed, split, curriculum)
                          for t, split in ((train_text, "train"), (val_text, "held_out")))
     model = build_model().to(where)
     if words.n_vocab > model.backbone.config.vocab_size:
-        raise ValueError(f"expected a tokenizer of at most {model.backbone.config.vocab_size} words, found {words.n_vocab}: "
+        raise ValueError("expected a tokenizer of at most "
+                         f"{model.backbone.config.vocab_size} words, found {words.n_vocab}: "
                          f"use the tokenizer that belongs to {base or 'vocab_size'}")
-    if model.ctm:                                                   # by which a living memory judges its writes
-        windows = [train_text[i * (len(train_text) // 4):][:model.ctm.ordinary.shape[1]].astype("int64") for i in range(4)]
+    if model.ctm:                                                   # text to judge living writes by
+        windows = [train_text[i * (len(train_text) // 4):][:model.ctm.ordinary.shape[1]]
+                   .astype("int64") for i in range(4)]
         model.ctm.ordinary.copy_(torch.from_numpy(np.stack(windows)))
     model.checkpoint_ticks = checkpoint_ticks
     if compile and model.ctm:
         model.ctm.tick = torch.compile(model.ctm.tick)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(learning)
-    folder, state = Path(out_dir), {"step": 0, "best": float("inf"), "processes": world, "config": config}
+    folder, state = Path(out_dir), {"step": 0, "best": float("inf"), "processes": world,
+                                    "config": config}
     if resume:
         state = restore(model, optimizer, folder / "last", config) | {"config": config}
     log = Log(folder / "log.jsonl", rank, resume)
@@ -678,12 +790,12 @@ def main() -> None:
     begin, before = time.time(), state.get("minutes", 0.0)
     if max_steps == 0:
         log.say(" | ".join(f"{k} {v:.4f}" for k, v in evaluate(model, held_out, where).items()))
-    busy, counted, tokens_read = 0.0, 0, 0                          # seconds of training, evaluation not counted
+    busy, counted, tokens_read = 0.0, 0, 0                          # seconds, without evaluation
     for step in range(state["step"], last_step):
         clock = time.time()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
-        torch.manual_seed(seed + 1000 * step + 10**9 * rank)        # chance is a function of the step: resume is exact
+        torch.manual_seed(seed + 1000 * step + 10**9 * rank)        # chance by step: exact resume
         total = 0.0
         for micro in range(accumulation):
             batch = mixture.batch(B, step, micro, rank)
@@ -691,9 +803,13 @@ def main() -> None:
             batch = tuple(torch.from_numpy(x).to(where) for x in batch)
             with autocast:
                 if phase == 3:
-                    shares = (carry_facts, episode_facts - carry_facts + crowd_facts) if share_of_steps(carry_share, step) else (episode_facts, crowd_facts)
-                    told, crowd = (data.Episodes(*(torch.from_numpy(x).to(where) for x in mixture.episodes(n, step, micro, rank, part)))
-                                   for part, n in enumerate(shares))
+                    shares = ((carry_facts, episode_facts - carry_facts + crowd_facts)
+                              if share_of_steps(carry_share, step)
+                              else (episode_facts, crowd_facts))
+                    told, crowd = (
+                        data.Episodes(*(torch.from_numpy(x).to(where)
+                                        for x in mixture.episodes(n, step, micro, rank, part)))
+                        for part, n in enumerate(shares))
                     loss, report = phase3_loss(model, batch, told, crowd, step)
                 else:
                     loss, report, _ = mixture_loss(model, batch, step)
@@ -715,30 +831,37 @@ def main() -> None:
             measure_moments(model, mixture, where)
 
         done = step + 1
-        busy, counted = busy + time.time() - clock, counted + 1     # norm and loss were read: the device has finished
-        val = evaluate(model, held_out, where) if done % eval_interval == 0 or done == last_step else {}
+        busy, counted = busy + time.time() - clock, counted + 1     # norm, loss read: device done
+        val = (evaluate(model, held_out, where)
+               if done % eval_interval == 0 or done == last_step else {})
         if val and not math.isfinite(val["val"]):
             raise ValueError(not_finite(f"held-out nats {val['val']}", step, folder))
         if val and rank == 0:
             state |= {"step": done, "minutes": before + (time.time() - begin) / 60}
-            keep(model, optimizer, folder, state, score=val["val"] + 1 - val["recall_8"])       # text and recall both count
+            keep(model, optimizer, folder, state,
+                 score=val["val"] + 1 - val["recall_8"])            # text and recall both count
         if val or done % log_interval == 0:
-            log.step(done, max_steps, {"loss": total, "nats": report.get("nats"), "lr": learning_rate(step), "norm": norm.item(),
-                                       "tick": report.get("read_tick"),
-                                       **{k: v for k, v in report.items() if k in EPISODE_FIGURES}, **val}, before + (time.time() - begin) / 60, busy / counted, tokens_read / busy)
+            log.step(done, max_steps,
+                     {"loss": total, "nats": report.get("nats"), "lr": learning_rate(step),
+                      "norm": norm.item(), "tick": report.get("read_tick"),
+                      **{k: v for k, v in report.items() if k in EPISODE_FIGURES}, **val},
+                     before + (time.time() - begin) / 60, busy / counted, tokens_read / busy)
             busy, counted, tokens_read = 0.0, 0, 0
     if world > 1:
-        print(f"weights of rank {rank}: {fingerprint(model.backbone if phase == 1 else block_module(model))}", flush=True)
+        print(f"weights of rank {rank}: "
+              f"{fingerprint(model.backbone if phase == 1 else block_module(model))}", flush=True)
         dist.destroy_process_group()
 
 
 def not_finite(found: str, step: int, folder: Path) -> str:
-    kept = f"{folder / 'last'} is the last good checkpoint: resume" if (folder / "last").exists() else "no checkpoint yet: start again"
+    kept = (f"{folder / 'last'} is the last good checkpoint: resume" if (folder / "last").exists()
+            else "no checkpoint yet: start again")
     return f"expected a finite loss, found {found} at step {step}; {kept} with a lower lr or clip"
 
 
 class Log:
-    """One line per interval for people, the same record to log.jsonl; only the first process writes."""
+    """One line per interval for people, the same record to log.jsonl;
+    only the first process writes."""
 
     def __init__(self, path: Path, rank: int, append: bool):
         self.file = None
@@ -754,12 +877,16 @@ class Log:
         if self.file:
             print(json.dumps(entry), file=self.file, flush=True)
 
-    def step(self, step: int, steps: int, values: dict, minutes: float, seconds: float, speed: float) -> None:
+    def step(self, step: int, steps: int, values: dict, minutes: float, seconds: float,
+             speed: float) -> None:
         said = {k: v for k, v in values.items() if v is not None and v == v}
         shown = " | ".join(f"{k} {v:.1e}" if k == "lr" else f"{k} {v:.4f}" for k, v in said.items())
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.say(f"step {step:05d}/{steps:05d} | {shown} | {seconds * 1e3:.0f} ms | {speed:,.0f} tok/s | mem {peak / 2**30:.1f} GiB")
-        self.record({"step": step, **said, "minutes": minutes, "ms": seconds * 1e3, "tokens_per_s": speed, "peak_bytes": peak})
+        peak = (torch.cuda.max_memory_allocated() if torch.cuda.is_available()
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        self.say(f"step {step:05d}/{steps:05d} | {shown} | {seconds * 1e3:.0f} ms | "
+                 f"{speed:,.0f} tok/s | mem {peak / 2**30:.1f} GiB")
+        self.record({"step": step, **said, "minutes": minutes, "ms": seconds * 1e3,
+                     "tokens_per_s": speed, "peak_bytes": peak})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The CTM block learns to think in the last layer of a frozen Qwen3-0.6B. One RTX 5090 (32 GB).
 
-    python data.py --source=hub:HuggingFaceFW/fineweb-edu --limit=200000 --tokenizer=Qwen/Qwen3-0.6B --out=data/qwen
+    python data.py --source=hub:HuggingFaceFW/fineweb-edu --limit=200000 \
+        --tokenizer=Qwen/Qwen3-0.6B --out=data/qwen
     python train.py config/phase2.py --dry_run=True
     python train.py config/phase2.py
 """

@@ -1,4 +1,5 @@
-"""The small backbone learns language and in-context facts from nothing. Two CPU cores: see the card in weights/.
+"""The small backbone learns language and in-context facts from nothing.
+Two CPU cores: see the card in weights/.
 
     torchrun --nproc_per_node=2 train.py config/tiny_phase1.py
 """

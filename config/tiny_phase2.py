@@ -1,7 +1,9 @@
-"""The CTM block learns to think in the last layer of the tiny backbone: first imitation of its FFN, then the tick loss.
+"""The CTM block learns to think in the last layer of the tiny backbone:
+first imitation of its FFN, then the tick loss.
 
     torchrun --nproc_per_node=2 train.py config/tiny_phase2.py
-    torchrun --nproc_per_node=2 train.py config/tiny_phase2.py --block=ffn --out_dir=out/tiny_ffn     # the control
+    torchrun --nproc_per_node=2 train.py config/tiny_phase2.py \
+        --block=ffn --out_dir=out/tiny_ffn          # the control
 """
 phase = 2
 base = "out/tiny_phase1/last"

@@ -1,4 +1,5 @@
-"""The tiny block learns to be written to: told in one session, asked in another, through the write itself.
+"""The tiny block learns to be written to:
+told in one session, asked in another, through the write itself.
 
     torchrun --nproc_per_node=2 train.py config/tiny_phase3.py
 """

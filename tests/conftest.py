@@ -1,4 +1,5 @@
-"""Models with random weights in several shapes. One thread: on two busy cores, two OpenMP threads cost several times as much."""
+"""Models with random weights in several shapes.
+One thread: on two busy cores, two OpenMP threads cost several times as much."""
 import pytest
 import torch
 
@@ -7,14 +8,18 @@ from model import BackboneConfig, NanoCTM, ThoughtConfig
 torch.set_num_threads(1)
 
 SHAPES = {
-    "grouped queries": (BackboneConfig(97, 64, 96, 3, 4, 2, 16, 1e-6, 1e4, 256), ThoughtConfig(4, 3, 64, 3, 32, 16, 32)),
-    "fewer pairs than neurons": (BackboneConfig(61, 48, 64, 2, 3, 1, 8, 1e-5, 1e6, 256), ThoughtConfig(3, 2, 40, 2, 16, 8, 16)),
-    "more pairs than neurons": (BackboneConfig(53, 32, 80, 2, 2, 2, 24, 1e-6, 500.0, 256), ThoughtConfig(5, 4, 96, 4, 16, 4, 32)),
+    "grouped queries": (BackboneConfig(97, 64, 96, 3, 4, 2, 16, 1e-6, 1e4, 256),
+                        ThoughtConfig(4, 3, 64, 3, 32, 16, 32)),
+    "fewer pairs than neurons": (BackboneConfig(61, 48, 64, 2, 3, 1, 8, 1e-5, 1e6, 256),
+                                 ThoughtConfig(3, 2, 40, 2, 16, 8, 16)),
+    "more pairs than neurons": (BackboneConfig(53, 32, 80, 2, 2, 2, 24, 1e-6, 500.0, 256),
+                                ThoughtConfig(5, 4, 96, 4, 16, 4, 32)),
 }
 
 
 def randomised(shape: str, block: str = "ctm", seed: int = 0) -> NanoCTM:
-    """Every parameter and buffer away from its initial ones and zeros, so that a forgotten one shows."""
+    """Every parameter and buffer away from its initial ones and zeros,
+    so that a forgotten one shows."""
     torch.manual_seed(seed)
     model = NanoCTM(*SHAPES[shape], block=block)
     for name, p in model.named_parameters():
@@ -39,4 +44,5 @@ def model(request) -> NanoCTM:
 
 
 def some_tokens(model: NanoCTM, rows: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, model.backbone.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, model.backbone.config.vocab_size, (rows, length),
+                         generator=torch.Generator().manual_seed(seed))

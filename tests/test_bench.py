@@ -16,33 +16,41 @@ ROOT = Path(__file__).parent.parent
 def test_calibration_error_is_zero_when_confidence_is_the_hit_rate_and_the_gap_when_it_is_not():
     sure, right = torch.full((3000,), 0.8), torch.arange(3000) % 5 > 0
     assert bench.calibration_error(sure, right) == pytest.approx(0, abs=1e-3)
-    assert bench.calibration_error(torch.full((3000,), 0.99), right) == pytest.approx(0.19, abs=1e-3)
+    assert (bench.calibration_error(torch.full((3000,), 0.99), right)
+            == pytest.approx(0.19, abs=1e-3))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.35, 1.1])
 def test_simulated_halting_is_what_the_model_does_when_it_halts(threshold):
-    model, tokens = randomised("more pairs than neurons"), some_tokens(randomised("more pairs than neurons"), 2, 20)
+    model, tokens = (randomised("more pairs than neurons"),
+                     some_tokens(randomised("more pairs than neurons"), 2, 20))
     whole, short = bench.think(model, tokens), bench.think(model, tokens, threshold)
-    ticks, nats = bench.halted(bench.of(whole, "certainty"), bench.of(whole, "tick_nats"), threshold)
+    ticks, nats = bench.halted(bench.of(whole, "certainty"), bench.of(whole, "tick_nats"),
+                               threshold)
     assert ticks == pytest.approx(float((bench.of(short, "certainty") > -1).sum(-1).float().mean()))
     assert nats == pytest.approx(float(bench.of(short, "nats").mean()), abs=1e-5)
 
 
 def test_an_unknown_command_ends_with_one_line():
-    run = subprocess.run([sys.executable, "bench.py", "qualty"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.startswith("error: expected one of quality") and run.stderr.count("\n") == 1
+    run = subprocess.run([sys.executable, "bench.py", "qualty"], cwd=ROOT, capture_output=True,
+                         text=True)
+    assert (run.returncode == 2 and run.stderr.startswith("error: expected one of quality")
+            and run.stderr.count("\n") == 1)
 
 
 def test_quality_prints_every_figure_as_its_last_line():
-    run = subprocess.run([sys.executable, "bench.py", "quality", "--seeds=1", "--rows=2", "--questions=4"], cwd=ROOT,
-                         capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "bench.py", "quality", "--seeds=1", "--rows=2",
+                          "--questions=4"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.strip().split("\n")[-1])
-    wanted = {"backbone_nats", "ffn_same_tokens_nats", "graft_nats", "ffn_deleted_nats", "graft_bits_per_byte", "nats_by_tick",
-              "read_tick_entropy", "halting", "calibration_ece", "text_sha256", "in_context_recall", "key_cosine_at_init", "trainable",
-              "frozen", "seeds", "commit", "hardware"}
-    assert wanted <= found.keys() and len(found["nats_by_tick"]) == 8 and found["key_cosine_at_init"] < 0.5
-    assert found["ffn_deleted_nats"] > found["graft_nats"] > 0 and found["ffn_deleted_nats"] > found["thinking_nats"]
+    wanted = {"backbone_nats", "ffn_same_tokens_nats", "graft_nats", "ffn_deleted_nats",
+              "graft_bits_per_byte", "nats_by_tick", "read_tick_entropy", "halting",
+              "calibration_ece", "text_sha256", "in_context_recall", "key_cosine_at_init",
+              "trainable", "frozen", "seeds", "commit", "hardware"}
+    assert (wanted <= found.keys() and len(found["nats_by_tick"]) == 8
+            and found["key_cosine_at_init"] < 0.5)
+    assert (found["ffn_deleted_nats"] > found["graft_nats"] > 0
+            and found["ffn_deleted_nats"] > found["thinking_nats"])
 
 
 def test_a_random_write_and_deranged_facts_recall_nothing_where_the_write_recalls():
@@ -52,7 +60,8 @@ def test_a_random_write_and_deranged_facts_recall_nothing_where_the_write_recall
     def told(these: list) -> list:
         return mind.factors([bench.session_text(world, part) for part in bench.batches(these, 10)])
     written = mind.write(told(facts))
-    noise = torch.randn(written.weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(written.weight.shape, generator=torch.Generator().manual_seed(0),
+                        dtype=torch.float64)
     random = bench.Plastic(noise * written.weight.norm() / noise.norm())
     lies = mind.write(told(bench.deranged(world, facts)))
     assert mind.recall(world, facts, written) >= 0.6
@@ -64,27 +73,34 @@ def few() -> bench.Sample:
     """Ten of a seed's facts, told in one session."""
     torch.set_num_threads(1)
     sample = bench.Sample(12)
-    sample.facts, sample.left, sample.factors, sample.windows = sample.facts[:10], sample.left[:1], sample.factors[:1], sample.windows[:2]
+    sample.facts, sample.left, sample.factors, sample.windows = (
+        sample.facts[:10], sample.left[:1], sample.factors[:1], sample.windows[:2])
     sample.texts = {1: sample.texts[1][:10], 10: sample.texts[10][:1]}
     return sample
 
 
-@pytest.mark.parametrize("name, learn, setting", [("weights", bench.by_writing, None), ("retrieval", bench.by_retrieval, 8), ("tune", bench.by_fine_tuning(30), 0.03),
-                                                  ("sparse", bench.by_fine_tuning(30, 0.3), 0.1), ("lora", bench.by_lora(30), 0.003)])
-def test_an_opponent_learns_what_it_was_told_and_leaves_the_model_as_it_was(few, name, learn, setting):
+@pytest.mark.parametrize("name, learn, setting", [
+    ("weights", bench.by_writing, None), ("retrieval", bench.by_retrieval, 8),
+    ("tune", bench.by_fine_tuning(30), 0.03), ("sparse", bench.by_fine_tuning(30, 0.3), 0.1),
+    ("lora", bench.by_lora(30), 0.003)])
+def test_an_opponent_learns_what_it_was_told_and_leaves_the_model_as_it_was(
+        few, name, learn, setting):
     """A fair opponent is one that can do it: ten facts, of which the model by itself knows none."""
     before = {k: v.clone() for k, v in few.mind.model.state_dict().items()}
     taught = learn(few, list(range(10)), setting)
     with bench.changed(few.mind.model, taught.change):
-        right = few.graded(list(range(10)), few.mind.ask(few.questions(list(range(10))), taught.plastic, taught.before))
+        right = few.graded(list(range(10)), few.mind.ask(few.questions(list(range(10))),
+                                                         taught.plastic, taught.before))
     assert sum(right["direct"]) >= (4 if name == "lora" else 6) and taught.flops > 0
     assert all(torch.equal(v, before[k]) for k, v in few.mind.model.state_dict().items())
 
 
 def test_an_edit_makes_one_answer_likelier(few):
-    """The closed-form edit is a weak opponent here (README), but it does move the value that it was told."""
+    """The closed-form edit is a weak opponent here (README),
+    but it does move the value that it was told."""
     fact, taught = few.facts[0], bench.by_editing(few, [0], 0.001)
-    tokens = torch.tensor([few.mind.words.encode(bench.data.user_turn(few.world.ask(fact)) + bench.data.answer(fact))])
+    tokens = torch.tensor([few.mind.words.encode(
+        bench.data.user_turn(few.world.ask(fact)) + bench.data.answer(fact))])
     alone = few.mind.model(tokens).nats[0, -4:-1].sum()
     with bench.changed(few.mind.model, taught.change):
         assert few.mind.model(tokens).nats[0, -4:-1].sum() < alone - 1
@@ -92,14 +108,17 @@ def test_an_edit_makes_one_answer_likelier(few):
 
 def test_mqar_asks_every_key_once_and_a_delta_state_holds_orthogonal_pairs():
     told, asked, due = bench.mqar(bench.np.random.default_rng(0), 5, 64, 4)
-    assert told.shape == (5, 8) and asked.shape == due.shape == (5, 56) and (due >= 0).sum(1).tolist() == [4] * 5
+    assert (told.shape == (5, 8) and asked.shape == due.shape == (5, 56)
+            and (due >= 0).sum(1).tolist() == [4] * 5)
     for pairs, query, wanted in zip(told, asked, due):
-        assert dict(zip(query[wanted >= 0].tolist(), wanted[wanted >= 0].tolist())) == dict(zip(pairs[::2].tolist(), pairs[1::2].tolist()))
+        assert (dict(zip(query[wanted >= 0].tolist(), wanted[wanted >= 0].tolist()))
+                == dict(zip(pairs[::2].tolist(), pairs[1::2].tolist())))
     state = bench.MatrixState(16, 16, delta=True)
     with torch.no_grad():
         state.value.weight.copy_(torch.eye(16))
         state.key.weight.copy_(torch.eye(16))
-        state.embed.weight[told[0, ::2]], state.embed.weight[told[0, 1::2]] = torch.eye(16)[:4], 9 * torch.eye(16)[4:8]
+        state.embed.weight[told[0, ::2]], state.embed.weight[told[0, 1::2]] = (
+            torch.eye(16)[:4], 9 * torch.eye(16)[4:8])
         assert (state(told[:1], told[:1, ::2]).argmax(-1) == told[0, 1::2]).all()
 
 
@@ -115,20 +134,24 @@ def fire(tmp_path) -> bench.Fire:
 def test_twenty_kills_lose_nothing_and_leave_nothing_by_halves(fire):
     found = bench.killed_at_random(fire, 20, seed=5, within_s=0.6)
     assert found["kills"] == 20 and sum(found["interrupted"].values()) > 5
-    assert not found["died_of_something_else"] and not found["unreadable"] and not found["half_written"] and not found["lost_sessions"]
+    assert (not found["died_of_something_else"] and not found["unreadable"]
+            and not found["half_written"] and not found["lost_sessions"])
 
 
 def test_a_store_that_loses_a_session_is_found_out(fire, monkeypatch):
     """The bench itself, against a store that says it has kept what it has not."""
     honest = bench.Store._replace_manifest
-    monkeypatch.setattr(bench.Store, "_replace_manifest", lambda store, entries: honest(store, entries[:1]))
+    monkeypatch.setattr(bench.Store, "_replace_manifest",
+                        lambda store, entries: honest(store, entries[:1]))
     assert bench.killed_at_random(fire, 3, seed=5)["lost_sessions"] > 0
 
 
 def test_no_lie_is_imported_and_a_full_disk_refuses(fire):
     found = bench.bad_imports(fire)
-    assert found["bad_imports"] == 20 and not found["accepted"] and not found["outside_writes"] and not found["bad_imports_spoiled_the_store"]
+    assert (found["bad_imports"] == 20 and not found["accepted"] and not found["outside_writes"]
+            and not found["bad_imports_spoiled_the_store"])
     found = bench.hostile_disk(fire)
     for name, attempts in (("disk_full", 6), ("read_only", 1)):
-        assert found[name] == {"refused": attempts, "attempts": attempts, "exit": 0, "as_before": True}
+        assert found[name] == {"refused": attempts, "attempts": attempts, "exit": 0,
+                               "as_before": True}
     assert found["second_writer_refused"]

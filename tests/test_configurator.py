@@ -5,7 +5,8 @@ from configurator import configure
 
 
 def settings() -> dict:
-    return {"__doc__": "A script.", "__file__": __file__, "learning_rate": 0.1, "steps": 10, "name": "a", "dry_run": False, "_hidden": 1}
+    return {"__doc__": "A script.", "__file__": __file__, "learning_rate": 0.1, "steps": 10,
+            "name": "a", "dry_run": False, "_hidden": 1}
 
 
 def test_a_file_comes_first_and_options_override_it(tmp_path):
@@ -15,9 +16,12 @@ def test_a_file_comes_first_and_options_override_it(tmp_path):
 
 
 @pytest.mark.parametrize("argv, key, value", [
-    (["--name=a=b=c"], "name", "a=b=c"), (["--name", "on"], "name", "on"), (["--learning_rate=1"], "learning_rate", 1.0),
-    (["--learning_rate", "3e-4"], "learning_rate", 3e-4), (["--dry_run"], "dry_run", True), (["--dry_run=False"], "dry_run", False),
-    (["--dry_run", "--steps=2"], "dry_run", True), (["--dry_run", "False"], "dry_run", False), (["--name=12"], "name", "12")])
+    (["--name=a=b=c"], "name", "a=b=c"), (["--name", "on"], "name", "on"),
+    (["--learning_rate=1"], "learning_rate", 1.0),
+    (["--learning_rate", "3e-4"], "learning_rate", 3e-4),
+    (["--dry_run"], "dry_run", True), (["--dry_run=False"], "dry_run", False),
+    (["--dry_run", "--steps=2"], "dry_run", True), (["--dry_run", "False"], "dry_run", False),
+    (["--name=12"], "name", "12")])
 def test_options_in_every_spelling(argv, key, value):
     s = settings()
     configure(s, argv)
@@ -25,10 +29,13 @@ def test_options_in_every_spelling(argv, key, value):
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["--lerning_rate=1"], "unknown key 'lerning_rate' in the command line (did you mean 'learning_rate'?)"),
+    (["--lerning_rate=1"],
+     "unknown key 'lerning_rate' in the command line (did you mean 'learning_rate'?)"),
     (["--steps=1.5"], "steps in the command line: expected int such as 10, found 1.5"),
-    (["--steps=many"], "expected int such as 10, found 'many'"), (["--steps"], "expected a value after --steps, found none"),
-    (["--_hidden=2"], "unknown key '_hidden'"), (["nothing.py"], "expected a config file or --key=value, found 'nothing.py'"),
+    (["--steps=many"], "expected int such as 10, found 'many'"),
+    (["--steps"], "expected a value after --steps, found none"),
+    (["--_hidden=2"], "unknown key '_hidden'"),
+    (["nothing.py"], "expected a config file or --key=value, found 'nothing.py'"),
     (["--dry_run=1"], "expected bool such as False, found 1")])
 def test_bad_options_end_with_one_line_and_status_2(argv, said, capsys):
     with pytest.raises(SystemExit) as end:
@@ -37,9 +44,12 @@ def test_bad_options_end_with_one_line_and_status_2(argv, said, capsys):
     assert end.value.code == 2 and said in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("text, said", [("steps = 1\nstepz = 2\n", "unknown key 'stepz' in"), ("import os\n", "expected `key = literal`"),
-                                        ("steps = open('x')\n", "expected `key = literal`"), ("steps = = 1\n", "expected `key = literal`"),
-                                        ("steps = name = 1\n", "expected `key = literal`")])
+@pytest.mark.parametrize("text, said", [
+    ("steps = 1\nstepz = 2\n", "unknown key 'stepz' in"),
+    ("import os\n", "expected `key = literal`"),
+    ("steps = open('x')\n", "expected `key = literal`"),
+    ("steps = = 1\n", "expected `key = literal`"),
+    ("steps = name = 1\n", "expected `key = literal`")])
 def test_bad_config_files_end_with_one_line_and_status_2(tmp_path, text, said, capsys):
     (tmp_path / "c.py").write_text(text)
     with pytest.raises(SystemExit) as end:
@@ -52,4 +62,5 @@ def test_help_prints_the_block_with_its_comments(capsys):
     with pytest.raises(SystemExit) as end:
         configure({k: v for k, v in vars(train).items()}, ["--help"])
     out = capsys.readouterr().out
-    assert end.value.code == 0 and "accumulation = 1            # micro-batches per step" in out and "\nphase = 1" in out
+    assert (end.value.code == 0 and "accumulation = 1            # micro-batches per step" in out
+            and "\nphase = 1" in out)

@@ -24,29 +24,36 @@ def test_tiktoken_runs_the_trained_merges_exactly_as_tokenizers_does(tmp_path):
     text = "\n".join(topics[k] for k in sorted(topics)[:12])
     ours = data.train_tokenizer(text, 700, tmp_path)
     oracle = Tokenizer(models.BPE())
-    oracle.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(data.SPLIT), "isolated"),
-                                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    oracle.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(data.SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     chunks = [text[i:i + 100_000] for i in range(0, len(text), 100_000)]
-    oracle.train_from_iterator(chunks, trainers.BpeTrainer(vocab_size=697, show_progress=False,
-                                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    oracle.train_from_iterator(chunks, trainers.BpeTrainer(
+        vocab_size=697, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     strange = text[-20_000:] + " naïve café 東京 \u200b\t\r\n\n   x  1234567 don't"
-    assert ours.encode(strange) == oracle.encode(strange).ids and ours.decode(ours.encode(strange)) == strange
+    assert (ours.encode(strange) == oracle.encode(strange).ids
+            and ours.decode(ours.encode(strange)) == strange)
     assert ours.encode("a<|im_end|>")[-1] == ours.im_end == 699
 
 
 def test_names_and_values_are_short_and_held_out_ones_are_never_told_in_training(words):
-    told = " ".join("".join(text for text, *_ in data.FactWorld(seed, "train").session(8, 8)) for seed in range(300))
+    told = " ".join("".join(text for text, *_ in data.FactWorld(seed, "train").session(8, 8))
+                    for seed in range(300))
     assert not set(data.NAMES["train"]) & set(data.NAMES["held_out"])
     assert not set(data.NAMES["held_out"]) & set(re.findall(r"\w+", told))
     lengths = [len(words.encode(" " + n)) for names in data.NAMES.values() for n in names]
-    lengths += [len(words.encode(" " + v)) for split in data.VALUES.values() for vs in split.values() for v in vs]
+    lengths += [len(words.encode(" " + v)) for split in data.VALUES.values()
+                for vs in split.values() for v in vs]
     assert np.mean(np.array(lengths) <= 3) > 0.95 and max(lengths) <= 5
-    assert all(len(words.encode(" " + v)) > 1 for vs in data.VALUES["held_out"].values() for v in vs)   # no token of their own
+    assert all(len(words.encode(" " + v)) > 1                       # no token of their own
+               for vs in data.VALUES["held_out"].values() for v in vs)
     for relation, held in data.VALUES["held_out"].items():
         facts = [f for seed in range(200) for f in data.FactWorld(seed, "train").facts(8)]
         assert not set(held) & {f.value for f in facts}
     talk = " ".join(data.FactWorld(s).small_talk() for s in range(4000))
-    assert all(v in talk for vs in data.VALUES["held_out"].values() for v in vs)               # but its words are read
+    assert all(v in talk                                            # but its words are read
+               for vs in data.VALUES["held_out"].values() for v in vs)
 
 
 def test_in_every_wording_the_person_comes_before_the_value():
@@ -76,8 +83,9 @@ def test_a_session_asks_only_what_it_told_and_facts_collide_within_relations():
     assert collisions == 50
 
 
-@pytest.mark.parametrize("reply, right", [("Bramo keeps a goat.", True), ("Bramo keeps a goat.<|im_end|>\n", True),
-                                          ("Bramo keeps a cat.", False), ("Bram keeps a goat.", False), ("goat", False)])
+@pytest.mark.parametrize("reply, right", [
+    ("Bramo keeps a goat.", True), ("Bramo keeps a goat.<|im_end|>\n", True),
+    ("Bramo keeps a cat.", False), ("Bram keeps a goat.", False), ("goat", False)])
 def test_recall_compares_strings(reply, right):
     assert data.is_recalled(reply, data.Fact("Bramo", "pet", "goat")) is right
 
@@ -88,9 +96,11 @@ def test_rows_are_a_function_of_seed_and_key_and_learn_only_what_they_should(wor
     for a, b in zip(mix.batch(6, 7, 0, 1), mix.batch(6, 7, 0, 1)):
         assert np.array_equal(a, b)
     tokens, weight, before = mix.batch(40, 8)
-    assert not np.array_equal(tokens[:6], mix.batch(6, 7, 0, 1)[0]) and tokens.shape == weight.shape == before.shape == (40, 128)
+    assert (not np.array_equal(tokens[:6], mix.batch(6, 7, 0, 1)[0])
+            and tokens.shape == weight.shape == before.shape == (40, 128))
     learned = weight > 0
-    assert not learned[:, -1].any() and (np.roll(tokens, -1, 1)[learned] >= 0).all() and (tokens[learned] >= 0).all()
+    assert (not learned[:, -1].any() and (np.roll(tokens, -1, 1)[learned] >= 0).all()
+            and (tokens[learned] >= 0).all())
 
 
 def test_answers_are_learned_whole_and_values_told_before_weigh_most(words):
@@ -103,14 +113,16 @@ def test_answers_are_learned_whole_and_values_told_before_weigh_most(words):
             sentence = turn.split("<|im_end|>")[0]
             assert sentence in data.ACKNOWLEDGEMENTS or sentence in said
         for value in words.decode(row[1:][w == data.VALUE_WEIGHT].tolist()).split():
-            assert text.count(" " + value) >= 2                     # it stands in the row, told, before it is due
+            assert text.count(" " + value) >= 2                     # told in the row before due
 
 
 def test_a_session_is_encoded_as_its_whole_text_is(words):
-    mix, world = data.Mixture(words, np.arange(5000) % 2000, 256, 0.0, 0.0, seed=1), data.FactWorld(5)
+    mix, world = (data.Mixture(words, np.arange(5000) % 2000, 256, 0.0, 0.0, seed=1),
+                  data.FactWorld(5))
     for _ in range(50):
         pieces = world.session(4, 3)
-        assert mix.encode_session(pieces)[0][:-1] == words.encode("".join(text for text, *_ in pieces))
+        assert (mix.encode_session(pieces)[0][:-1]
+                == words.encode("".join(text for text, *_ in pieces)))
 
 
 @pytest.mark.parametrize("step", range(12))
@@ -118,20 +130,22 @@ def test_episodes_ask_what_was_told_and_know_where(words, step):
     text = np.array(words.encode("some words of a text " * 200), np.uint16)
     mix = data.Mixture(words, text, 128, 0.5, 0.1, seed=3)
     e = mix.episodes(12, step)
-    for row, at in e.told_at:                                       # the value begins right after the place that is marked
+    for row, at in e.told_at:                                       # the value begins right after
         after = words.decode(e.told[row, at + 1:at + 3].tolist())
         assert after.startswith(" ") and e.told[row, at] >= 0 and e.news[row, at] == 1
     for row, at, fact in e.asked_at:
         told_row, told_at = e.told_at[fact]
         n = int(e.news[told_row, told_at:].cumprod().sum())         # the value's length in tokens
-        assert e.asked[row, at + 1:at + 1 + n].tolist() == e.told[told_row, told_at + 1:told_at + 1 + n].tolist()
+        assert (e.asked[row, at + 1:at + 1 + n].tolist()
+                == e.told[told_row, told_at + 1:told_at + 1 + n].tolist())
         assert told_row == row and e.weight[row, at] == data.VALUE_WEIGHT
     everything = " ".join(words.decode([t for t in row if t >= 0]) for row in e.told.tolist())
     for row, at in np.argwhere(e.weight == -1):                     # strangers: nobody told of them
         asked = words.decode(e.asked[row, :at + 1].tolist()).rsplit("assistant\n", 1)[1]
         assert re.match(r"\w+", asked)[0] not in re.findall(r"\w+", everything)
-    for row, at in e.told_at:                                       # news: a value to its end, which is the full stop
-        value = words.decode(e.told[row, at + 1:at + 1 + int(e.news[row, at:].cumprod().sum())].tolist())
+    for row, at in e.told_at:                                       # news: a value to its full stop
+        value = words.decode(
+            e.told[row, at + 1:at + 1 + int(e.news[row, at:].cumprod().sum())].tolist())
         assert re.fullmatch(r" [A-Za-z]+\.", value)
     again = mix.episodes(12, step)
     assert all(np.array_equal(a, b) for a, b in zip(e, again))
@@ -144,8 +158,11 @@ def test_namesakes_begin_alike_and_spliced_values_are_new_words():
     assert sum(any(n.startswith(onset) for n in names) for onset in data.ONSETS) <= 3
     plain = {world._value("home") for _ in range(400)}
     world.spliced = 1.0
-    spliced = {world._value("home") for _ in range(400)} - plain - {v for vs in data.VALUES["train"].values() for v in vs} - set(data.NAMES["train"])
-    assert spliced <= {a[:len(a) // 2 + 1] + b[len(b) // 2:] for a in world.lexicon for b in world.lexicon} and len(spliced) > 6
+    spliced = ({world._value("home") for _ in range(400)} - plain
+               - {v for vs in data.VALUES["train"].values() for v in vs}
+               - set(data.NAMES["train"]))
+    assert spliced <= {a[:len(a) // 2 + 1] + b[len(b) // 2:]
+                       for a in world.lexicon for b in world.lexicon} and len(spliced) > 6
 
 
 # -----------------------------------------------------------------------------
@@ -178,8 +195,9 @@ def test_large_vocabularies_are_written_as_uint32(tmp_path):
     assert meta["dtype"] == "uint32" and set([*train, *val]) == {151_000, 151_643}
 
 
-@pytest.mark.parametrize("content, said", [(b"", "found an empty file"), (b"abc \xff\xfe", "expected UTF-8, found byte 0xff at 4"),
-                                           (None, "found nothing at")])
+@pytest.mark.parametrize("content, said", [
+    (b"", "found an empty file"), (b"abc \xff\xfe", "expected UTF-8, found byte 0xff at 4"),
+    (None, "found nothing at")])
 def test_bad_text_files_are_named_in_one_line(tmp_path, words, content, said):
     if content is not None:
         (tmp_path / "a.txt").write_bytes(content)
@@ -188,7 +206,9 @@ def test_bad_text_files_are_named_in_one_line(tmp_path, words, content, said):
     assert "\n" not in str(problem.value) and not (tmp_path / "out" / "meta.json").exists()
 
 
-@pytest.mark.parametrize("line, said", [('{"body": 1}', "expected a string under 'text', found body"), ("{oops", "expected one JSON object a line")])
+@pytest.mark.parametrize("line, said", [
+    ('{"body": 1}', "expected a string under 'text', found body"),
+    ("{oops", "expected one JSON object a line")])
 def test_bad_json_lines_are_named_with_their_number(tmp_path, words, line, said):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(ValueError, match=f"a.jsonl:2: {said}"):
@@ -216,5 +236,7 @@ def test_hub_data_sets_stream_through_the_optional_package(monkeypatch):
 
 
 def test_the_command_line_ends_with_one_line_on_bad_input(tmp_path):
-    run = subprocess.run([sys.executable, "data.py", f"--source={tmp_path}/none.txt", f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.startswith("error: expected a text or .jsonl file") and run.stderr.count("\n") == 1
+    run = subprocess.run([sys.executable, "data.py", f"--source={tmp_path}/none.txt",
+                          f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode == 1 and run.stderr.startswith("error: expected a text or .jsonl file")
+            and run.stderr.count("\n") == 1)

@@ -1,4 +1,5 @@
-"""The memory: what a session carries, what it writes, and a store that says exactly what it knows. Invariants 2, 3, 5, 7, 8, 11."""
+"""The memory: what a session carries, what it writes, and a store that says exactly what it knows.
+Invariants 2, 3, 5, 7, 8, 11."""
 import dataclasses
 import json
 import math
@@ -10,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import randomised, some_tokens
-from memory import (Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, _sealed, compact_memory, norm_ratio, output_change,
-                    read_session)
+from memory import (Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, _sealed,
+                    compact_memory, norm_ratio, output_change, read_session)
 from model import Cache, generate
 
 ROOT = Path(__file__).parent.parent
@@ -21,13 +22,16 @@ def some_factors(model, n: int, seed: int = 0) -> Factors:
     chance = torch.Generator().manual_seed(seed)
     D, S = model.ctm.c_proj.weight.shape
     keys = torch.nn.functional.normalize(torch.randn(n, S, generator=chance), dim=1)
-    return Factors(keys, torch.randn(n, D, generator=chance), *torch.rand(3, n, generator=chance).unbind(), torch.arange(n), torch.arange(n) % 3)
+    return Factors(keys, torch.randn(n, D, generator=chance),
+                   *torch.rand(3, n, generator=chance).unbind(),
+                   torch.arange(n), torch.arange(n) % 3)
 
 
 def a_snapshot(model, seed: int = 0) -> Snapshot:
     chance = torch.Generator().manual_seed(seed)
     D, S = model.ctm.c_proj.weight.shape
-    return Snapshot(torch.randn(2, S, generator=chance), torch.rand(2, S, generator=chance) + 1, torch.randn(D, generator=chance))
+    return Snapshot(torch.randn(2, S, generator=chance), torch.rand(2, S, generator=chance) + 1,
+                    torch.randn(D, generator=chance))
 
 
 # -----------------------------------------------------------------------------
@@ -67,8 +71,9 @@ def test_a_session_outlives_its_context_in_any_pieces(cuts):
             cache = session.read(piece, cache).cache
             assert cache.real.shape[1] <= 24
         runs.append(lived(session))
-    for whole, pieced in zip(*runs):                                # sums of 70 tokens are about 100: relative
-        assert whole.shape == pieced.shape and ((whole.float() - pieced.float()).abs() < 1e-4 * (1 + whole.float().abs())).all()
+    for whole, pieced in zip(*runs):                                # sums are about 100: relative
+        assert whole.shape == pieced.shape and (
+            (whole.float() - pieced.float()).abs() < 1e-4 * (1 + whole.float().abs())).all()
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 8])
@@ -76,10 +81,13 @@ def test_left_padding_changes_no_session(model, chunk):
     tokens = some_tokens(model, 1, 19)
     pad = torch.full((1, 5), -1)
     alone, _ = read_session(model, tokens, chunk)
-    both, factors = read_session(model, torch.cat([torch.cat([pad, tokens], 1), torch.cat([tokens[:, 5:], tokens[:, :5] * 0 - 1, pad], 1)]),
-                                 chunk, threshold=0.0)
-    assert (both.m[0] - alone.m[0]).abs().max() < 1e-4 and (both.alpha[0] - alone.alpha[0]).abs().max() < 1e-4
-    assert factors[0].position.tolist() == list(range(18)) and factors[1].position.tolist() == list(range(13))
+    both, factors = read_session(model, torch.cat([
+        torch.cat([pad, tokens], 1), torch.cat([tokens[:, 5:], tokens[:, :5] * 0 - 1, pad], 1)]),
+        chunk, threshold=0.0)
+    assert ((both.m[0] - alone.m[0]).abs().max() < 1e-4
+            and (both.alpha[0] - alone.alpha[0]).abs().max() < 1e-4)
+    assert (factors[0].position.tolist() == list(range(18))
+            and factors[1].position.tolist() == list(range(13)))
 
 
 def test_generating_with_a_session_equals_reading_what_was_said(model):
@@ -101,7 +109,8 @@ def test_what_the_model_said_itself_is_carried_and_never_eligible(model):
     cache = session.read(reply, cache, own=5).cache
     session.read(torch.cat([reply[:, -1:] * 0 + 1, question], 1), cache, own=1)
     kept = session.close()[0].position.tolist()
-    assert kept == [0, 1, 2, 3, 4, 11, 12, 13, 14]                  # position 5 was followed by the reply, 10 by its end
+    # position 5 was followed by the reply, 10 by its end
+    assert kept == [0, 1, 2, 3, 4, 11, 12, 13, 14]
     silent = read_session(model, prompt, 4)[0]
     assert (session.alpha - silent.alpha).abs().max() > 1e-3
 
@@ -121,32 +130,38 @@ def test_what_was_expected_takes_no_room(model):
     _, everything = read_session(model, some_tokens(model, 1, 30), threshold=0.0, expected=0.0)
     middle = float(everything[0].surprise.median())
     _, news = read_session(model, some_tokens(model, 1, 30), threshold=0.0, expected=middle)
-    assert len(everything[0].keys) == 29 and news[0].position.tolist() == everything[0].position[everything[0].surprise > middle].tolist()
+    assert (len(everything[0].keys) == 29 and news[0].position.tolist()
+            == everything[0].position[everything[0].surprise > middle].tolist())
 
 
 def test_the_budget_keeps_the_strongest(model):
     session, factors = read_session(model, some_tokens(model, 1, 30), threshold=0.0, budget=7)
     _, everything = read_session(model, some_tokens(model, 1, 30), threshold=0.0)
     strength = everything[0].salience * everything[0].dopamine
-    assert len(factors[0].keys) == 7 and factors[0].position.tolist() == sorted(strength.topk(7).indices.tolist())
+    assert (len(factors[0].keys) == 7
+            and factors[0].position.tolist() == sorted(strength.topk(7).indices.tolist()))
 
 
 # -----------------------------------------------------------------------------
 # invariant 7: the write
 
 def test_the_write_is_the_projected_delta_rule(model):
-    """Against the equations solved afresh for every token; and read as linear attention over the solved factors."""
-    ctm, rule, D, S = model.ctm, WriteRule(n0=7.0, n_due=3.0, ridge=0.1, fade=0.5), *model.ctm.c_proj.weight.shape
-    sessions = [some_factors(model, 6, seed) for seed in range(40)]         # enough for rounding to grow, if it can
+    """Against the equations solved afresh for every token;
+    and read as linear attention over the solved factors."""
+    ctm, rule, D, S = (model.ctm, WriteRule(n0=7.0, n_due=3.0, ridge=0.1, fade=0.5),
+                       *model.ctm.c_proj.weight.shape)
+    sessions = [some_factors(model, 6, seed) for seed in range(40)] # lets rounding grow, if it can
     plastic = Plastic.blank(ctm)
     for factors in sessions:
         plastic = compact_memory(ctm, plastic, factors, rule)
-    W, solved, past = torch.zeros(D, S, dtype=torch.float64), [], torch.zeros(S, S, dtype=torch.float64)
+    W, solved, past = (torch.zeros(D, S, dtype=torch.float64), [],
+                       torch.zeros(S, S, dtype=torch.float64))
     for factors in sessions:
         past = rule.fade * past
         for k, v in zip(factors.unit_keys(), factors.values.double()):
             common = rule.n0 * ctm.key_moment.double() + rule.n_due * ctm.due_moment.double()
-            along = torch.linalg.solve(common + rule.ridge * torch.eye(S, dtype=torch.float64) + past, k)
+            along = torch.linalg.solve(
+                common + rule.ridge * torch.eye(S, dtype=torch.float64) + past, k)
             solved.append((along / (k @ along), v - W @ k))
             W += torch.outer(solved[-1][1], solved[-1][0])
             past += torch.outer(k, k)
@@ -158,29 +173,36 @@ def test_the_write_is_the_projected_delta_rule(model):
 
 def test_a_written_key_answers_a_repeated_one_adds_nothing_and_a_changed_one_replaces(model):
     facts = some_factors(model, 5)
-    once = compact_memory(model.ctm, Plastic.blank(model.ctm), facts, WriteRule(n0=0.0, n_due=0.0, ridge=1e-6))
+    once = compact_memory(model.ctm, Plastic.blank(model.ctm), facts,
+                          WriteRule(n0=0.0, n_due=0.0, ridge=1e-6))
     assert (facts.keys.double() @ once.weight.T - facts.values).abs().max() < 1e-3
     twice = compact_memory(model.ctm, once, facts, WriteRule(n0=0.0, n_due=0.0, ridge=1e-6))
     assert (twice.weight - once.weight).abs().max() < 1e-3
-    changed = compact_memory(model.ctm, once, facts._replace(values=-facts.values), WriteRule(n0=0.0, n_due=0.0, ridge=1e-6))
+    changed = compact_memory(model.ctm, once, facts._replace(values=-facts.values),
+                             WriteRule(n0=0.0, n_due=0.0, ridge=1e-6))
     assert (facts.keys.double() @ changed.weight.T + facts.values).abs().max() < 1e-2
 
 
 def test_caps_bound_the_write_and_keep_its_direction(model):
     free = compact_memory(model.ctm, Plastic.blank(model.ctm), some_factors(model, 5), WriteRule())
-    for rule, measure in ((WriteRule(cap=0.001), output_change), (WriteRule(norm_cap=0.01), norm_ratio)):
+    for rule, measure in ((WriteRule(cap=0.001), output_change),
+                          (WriteRule(norm_cap=0.01), norm_ratio)):
         bound = compact_memory(model.ctm, Plastic.blank(model.ctm), some_factors(model, 5), rule)
-        assert measure(model.ctm, bound.weight) == pytest.approx(rule.cap if measure is output_change else rule.norm_cap, rel=1e-6)
-        assert torch.cosine_similarity(bound.weight.flatten(), free.weight.flatten(), dim=0) > 1 - 1e-9
+        assert measure(model.ctm, bound.weight) == pytest.approx(
+            rule.cap if measure is output_change else rule.norm_cap, rel=1e-6)
+        assert torch.cosine_similarity(bound.weight.flatten(), free.weight.flatten(),
+                                       dim=0) > 1 - 1e-9
 
 
 def test_memory_off_reads_nothing_that_belongs_to_the_memory(model):
     tokens = some_tokens(model, 2, 20)
     before = model(tokens)
-    for name in ("salience_weight", "salience_bias", "engram", "log_eta", "key_moment", "log_half_life", "mean_surprise"):
+    for name in ("salience_weight", "salience_bias", "engram", "log_eta", "key_moment",
+                 "log_half_life", "mean_surprise"):
         getattr(model.ctm, name).data.fill_(float("nan"))
     after = model(tokens)
-    assert torch.equal(before.hidden, after.hidden) and torch.equal(before.certainty, after.certainty)
+    assert (torch.equal(before.hidden, after.hidden)
+            and torch.equal(before.certainty, after.certainty))
 
 
 # -----------------------------------------------------------------------------
@@ -196,11 +218,14 @@ def commit(store: Store, seed: int, n: int = 4) -> dict:
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "lock"}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.is_file() and p.name != "lock"}
 
 
-def test_what_is_loaded_equals_what_was_saved_and_a_forgotten_session_was_never_told(small, tmp_path):
-    with Store(tmp_path / "a", small, max_drift=math.inf) as a, Store(tmp_path / "b", small, max_drift=math.inf) as b:
+def test_what_is_loaded_equals_what_was_saved_and_a_forgotten_session_was_never_told(
+        small, tmp_path):
+    with (Store(tmp_path / "a", small, max_drift=math.inf) as a,
+          Store(tmp_path / "b", small, max_drift=math.inf) as b):
         ids = [commit(a, seed)["id"] for seed in (1, 2, 3)]
         for seed in (1, 3):
             commit(b, seed)
@@ -209,15 +234,20 @@ def test_what_is_loaded_equals_what_was_saved_and_a_forgotten_session_was_never_
         a.forget(ids[1])
         assert torch.equal(a.plastic(), b.plastic())
         files = everything(tmp_path / "a")
-        assert files.keys() == everything(tmp_path / "b").keys() and not any(ids[1] in f for f in files)
+        assert (files.keys() == everything(tmp_path / "b").keys()
+                and not any(ids[1] in f for f in files))
     with Store(tmp_path / "a", small) as again:
-        assert torch.equal(again.plastic(), b.plastic()) and all(torch.equal(x, y) for x, y in zip(again.factors[1], some_factors(small, 4, 3).rounded()))
+        assert torch.equal(again.plastic(), b.plastic()) and all(
+            torch.equal(x, y)
+            for x, y in zip(again.factors[1], some_factors(small, 4, 3).rounded()))
 
 
 def test_every_way_to_the_same_sessions_ends_in_the_same_bits(small, tmp_path):
-    """One by one, reopened half-way, imported at once, or with one between that was forgotten: blocks of 64 factors fall alike."""
+    """One by one, reopened half-way, imported at once, or with one between that was forgotten:
+    blocks of 64 factors fall alike."""
     def commit_some(store, seeds) -> list[dict]:
-        return [store.commit(some_factors(small, 10, seed), a_snapshot(small, seed), 12) for seed in seeds]
+        return [store.commit(some_factors(small, 10, seed), a_snapshot(small, seed), 12)
+                for seed in seeds]
     with Store(tmp_path / "a", small, max_drift=math.inf) as a:
         commit_some(a, range(9))
     with Store(tmp_path / "a", small, max_drift=math.inf) as a:
@@ -225,7 +255,8 @@ def test_every_way_to_the_same_sessions_ends_in_the_same_bits(small, tmp_path):
         commit_some(a, range(9, 17))
         a.forget(extra["id"])
         a.export(tmp_path / "all.safetensors")
-        with Store(tmp_path / "b", small, max_drift=math.inf) as b, Store(tmp_path / "c", small, max_drift=math.inf) as c:
+        with (Store(tmp_path / "b", small, max_drift=math.inf) as b,
+              Store(tmp_path / "c", small, max_drift=math.inf) as c):
             commit_some(b, range(17))
             c.import_from(tmp_path / "all.safetensors")
             assert torch.equal(a.plastic(), b.plastic()) and torch.equal(a.plastic(), c.plastic())
@@ -240,7 +271,8 @@ def test_a_stored_key_points_where_it_pointed(loud):
     """Also where one channel is a hundred times as loud as the others."""
     keys = torch.randn(20, 512, generator=torch.Generator().manual_seed(0))
     keys[:, 3] *= loud
-    factors = Factors(torch.nn.functional.normalize(keys, dim=1), torch.zeros(20, 8), *[torch.zeros(20)] * 5)
+    factors = Factors(torch.nn.functional.normalize(keys, dim=1), torch.zeros(20, 8),
+                      *[torch.zeros(20)] * 5)
     stored = factors.rounded()
     assert (factors.unit_keys() * stored.unit_keys()).sum(1).min() > (0.9997 if loud == 1 else 0.99)
     assert torch.equal(stored.rounded().keys, stored.keys)
@@ -252,7 +284,8 @@ def test_what_the_sessions_add_is_what_the_memory_says(small, tmp_path):
             commit(store, seed)
         keys = torch.nn.functional.normalize(torch.randn(5, small.ctm.config.sync), dim=1)
         parts = store.told_by(keys)
-        assert parts.shape == (4, 5, len(store.plastic())) and (parts.sum(0) - keys.double() @ store.plastic().T.double()).abs().max() < 1e-5
+        assert parts.shape == (4, 5, len(store.plastic())) and (
+            parts.sum(0) - keys.double() @ store.plastic().T.double()).abs().max() < 1e-5
 
 
 def test_read_only_never_writes_a_byte_and_needs_no_lock(small, tmp_path):
@@ -309,13 +342,16 @@ def test_a_store_that_died_before_its_first_manifest_opens_again(small, tmp_path
     assert list(everything(tmp_path)) == ["manifest.json"]
 
 
-@pytest.mark.parametrize("sessions", ["[{}]", "[1]", "5", "{", '[{"id": "../x", "sha256": "", "snapshot_sha256": "", "told_at": 0, '
-                                      '"tokens": 1, "factors": 1, "text_nats": [1, 2]}]'])
+@pytest.mark.parametrize("sessions", [
+    "[{}]", "[1]", "5", "{",
+    '[{"id": "../x", "sha256": "", "snapshot_sha256": "", "told_at": 0, '
+    '"tokens": 1, "factors": 1, "text_nats": [1, 2]}]'])
 def test_an_import_that_lies_about_its_sessions_is_refused(small, tmp_path, sessions):
     with Store(tmp_path / "a", small, max_drift=math.inf) as store:
         commit(store, 1)
         before = everything(tmp_path / "a")
-        save_file({"x": torch.zeros(1)}, tmp_path / "bad.safetensors", {"format": "1", "base": store.base, "sessions": sessions})
+        save_file({"x": torch.zeros(1)}, tmp_path / "bad.safetensors",
+                  {"format": "1", "base": store.base, "sessions": sessions})
         with pytest.raises(ValueError, match="expected the list of its sessions"):
             store.import_from(tmp_path / "bad.safetensors")
         assert everything(tmp_path / "a") == before
@@ -327,7 +363,10 @@ def test_damage_is_named_in_one_line(small, tmp_path, kind):
         commit(store, 1)
     path = next((tmp_path / kind).glob("*")) if (tmp_path / kind).is_dir() else tmp_path / kind
     whole = path.read_bytes()
-    for broken in (whole[:len(whole) // 2], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]) if kind != "manifest.json" else (whole[:40], b"[]", whole.replace(b'"tokens": 20', b'"tokens": 21'), whole + b" "):
+    for broken in ((whole[:len(whole) // 2], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+                   if kind != "manifest.json" else
+                   (whole[:40], b"[]", whole.replace(b'"tokens": 20', b'"tokens": 21'),
+                    whole + b" ")):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match="expected .* found") as problem:
             with Store(tmp_path, small) as store:
@@ -336,7 +375,8 @@ def test_damage_is_named_in_one_line(small, tmp_path, kind):
 
 
 def test_a_damaged_session_can_be_given_up_and_the_others_live_on(small, tmp_path):
-    with Store(tmp_path / "a", small, max_drift=math.inf) as a, Store(tmp_path / "b", small, max_drift=math.inf) as b:
+    with (Store(tmp_path / "a", small, max_drift=math.inf) as a,
+          Store(tmp_path / "b", small, max_drift=math.inf) as b):
         ids = [commit(a, seed)["id"] for seed in (1, 2)]
         commit(b, 2)
     (tmp_path / f"a/snapshots/{ids[0]}.safetensors").write_bytes(b"torn")
@@ -369,7 +409,8 @@ def test_foreign_stores_and_folders_are_refused(small, tmp_path):
 
 
 def test_sessions_travel_by_export_and_import(small, tmp_path):
-    with Store(tmp_path / "a", small, max_drift=math.inf) as a, Store(tmp_path / "b", small, max_drift=math.inf) as b:
+    with (Store(tmp_path / "a", small, max_drift=math.inf) as a,
+          Store(tmp_path / "b", small, max_drift=math.inf) as b):
         ids = [commit(a, seed)["id"] for seed in (1, 2)]
         commit(b, 1)
         assert a.export(tmp_path / "all.safetensors") == 2

@@ -7,8 +7,8 @@ import torch
 
 from conftest import SHAPES, randomised, some_tokens
 from memory import SessionMemory, dopamine, read_session
-from model import (BackboneConfig, NanoCTM, Sync, ThoughtConfig, generate, load_backbone, load_graft, mean_and_square,
-                   save_backbone, save_graft)
+from model import (BackboneConfig, NanoCTM, Sync, ThoughtConfig, generate, load_backbone,
+                   load_graft, mean_and_square, save_backbone, save_graft)
 
 # -----------------------------------------------------------------------------
 # invariant 1: the backbone is Qwen3
@@ -18,12 +18,13 @@ from model import (BackboneConfig, NanoCTM, Sync, ThoughtConfig, generate, load_
 def test_backbone_equals_transformers_qwen3(shape, dtype, tolerance):
     from transformers import Qwen3Config, Qwen3ForCausalLM
     model = randomised(shape, "ffn")
-    oracle = Qwen3ForCausalLM(Qwen3Config(**model.backbone.config.to_json(), attn_implementation="sdpa")).eval()
+    oracle = Qwen3ForCausalLM(Qwen3Config(**model.backbone.config.to_json(),
+                                          attn_implementation="sdpa")).eval()
     oracle.load_state_dict({f"model.{k}": v for k, v in model.backbone.state_dict().items()}
                            | {"lm_head.weight": model.backbone.embed_tokens.weight})
     inverse = oracle.model.rotary_emb.inv_freq.clone()
     model, oracle = model.to(dtype), oracle.to(dtype)
-    oracle.model.rotary_emb.inv_freq = inverse                      # .to(bfloat16) rounds it; loading in bf16 does not
+    oracle.model.rotary_emb.inv_freq = inverse                      # rounded by .to, not by loading
     tokens = some_tokens(model, 2, 33)
     with torch.no_grad():
         theirs = oracle(tokens).logits.float()
@@ -35,7 +36,8 @@ def test_a_saved_backbone_is_read_by_transformers_and_by_us(tmp_path):
     from transformers import AutoModelForCausalLM
     model = randomised("grouped queries", "ffn")
     save_backbone(model, tmp_path)
-    oracle, ours = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), load_backbone(str(tmp_path))
+    oracle, ours = (AutoModelForCausalLM.from_pretrained(tmp_path).eval(),
+                    load_backbone(str(tmp_path)))
     tokens = some_tokens(model, 1, 20)
     with torch.no_grad():
         assert torch.equal(ours(tokens).logits, model(tokens).logits)
@@ -45,7 +47,8 @@ def test_a_saved_backbone_is_read_by_transformers_and_by_us(tmp_path):
 def test_rope_theta_is_found_at_the_top_and_in_rope_parameters(tmp_path):
     import json
     raw = BackboneConfig(97, 64, 96, 3, 4, 2, 16, rope_theta=123.0).to_json()
-    for config in (raw, {k: v for k, v in raw.items() if k != "rope_parameters"} | {"rope_theta": 123.0}):
+    for config in (raw, {k: v for k, v in raw.items() if k != "rope_parameters"}
+                   | {"rope_theta": 123.0}):
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert BackboneConfig.from_json(tmp_path).rope_theta == 123.0
 
@@ -55,15 +58,18 @@ def test_rope_theta_is_found_at_the_top_and_in_rope_parameters(tmp_path):
 
 def same_thought(a, b, tolerance: float = 1e-4) -> None:
     """Every tick's logits agree, and the read tick too unless certainties tie."""
-    assert (a.hidden - b.hidden).abs().max() < tolerance and (a.keys - b.keys).abs().max() < 10 * tolerance
-    assert (a.delta_alpha - b.delta_alpha).abs().max() < tolerance and torch.allclose(a.delta_beta, b.delta_beta)
+    assert ((a.hidden - b.hidden).abs().max() < tolerance
+            and (a.keys - b.keys).abs().max() < 10 * tolerance)
+    assert ((a.delta_alpha - b.delta_alpha).abs().max() < tolerance
+            and torch.allclose(a.delta_beta, b.delta_beta))
     for row in (a.read_tick != b.read_tick).nonzero().tolist():
         top = a.certainty[tuple(row)].topk(2).values
         assert top[0] - top[1] < 1e-5
 
 
 def joined(thoughts: list):
-    parts = {f.name: [getattr(t, f.name) for t in thoughts] for f in dataclasses.fields(thoughts[0])}
+    parts = {f.name: [getattr(t, f.name) for t in thoughts]
+             for f in dataclasses.fields(thoughts[0])}
     whole = {k: torch.cat(v, 1) for k, v in parts.items() if isinstance(v[0], torch.Tensor)}
     return dataclasses.replace(thoughts[-1], **whole)
 
@@ -87,9 +93,11 @@ def test_token_by_token_equals_one_parallel_pass_with_padding(model, halt):
         step = joined(steps)
         real = tokens >= 0
         assert ((model.head(step.hidden) - model.head(whole.hidden))[real]).abs().max() < 1e-4
-        same_thought(*[dataclasses.replace(x, **{k: getattr(x, k)[real][None] for k in
-                     ("hidden", "keys", "delta_alpha", "delta_beta", "certainty", "read_tick")}) for x in (step, whole)])
-    else:                                                           # decoding really stops: fewer ticks, the same answer
+        same_thought(*[
+            dataclasses.replace(x, **{k: getattr(x, k)[real][None] for k in (
+                "hidden", "keys", "delta_alpha", "delta_beta", "certainty", "read_tick")})
+            for x in (step, whole)])
+    else:                                                           # stops early, the same answer
         used = [s.hidden.shape[2] for s in steps]
         assert min(used) < model.ctm.config.ticks or (whole.certainty[..., 0] < halt).all()
         for t, s in enumerate(steps):
@@ -109,7 +117,8 @@ def test_a_prefill_split_anywhere_equals_one_prefill(model, split):
 @pytest.mark.parametrize("chunk", [1, 5, 8])
 def test_session_sums_of_decode_equal_those_of_chunked_prefill_with_padding(model, chunk):
     tokens = padded(some_tokens(model, 3, 24))
-    tokens[2] = tokens[0]                                           # a hole would need its own calls; left padding does not
+    # a hole would need its own calls; left padding does not
+    tokens[2] = tokens[0]
     model.ctm.log_half_life.copy_(torch.rand_like(model.ctm.log_half_life) * 2 + 1)
     following = torch.cat([tokens[:, 1:], torch.full((3, 1), -1)], 1)
 
@@ -132,8 +141,10 @@ def test_a_session_shorter_than_a_chunk_is_carried_too_whatever_its_padding(mode
     tokens = some_tokens(model, 1, 7)
     pad = torch.full((1, 5), -1)
     alone = read_session(model, tokens, chunk=8)[0].m
-    both = read_session(model, torch.cat([torch.cat([tokens, pad], 1), torch.cat([pad, tokens], 1)]), chunk=8)[0].m
-    assert (both - alone).abs().max() < 1e-5 and not torch.allclose(alone[0], model.ctm.fresh_sync())
+    both = read_session(
+        model, torch.cat([torch.cat([tokens, pad], 1), torch.cat([pad, tokens], 1)]), chunk=8)[0].m
+    assert ((both - alone).abs().max() < 1e-5
+            and not torch.allclose(alone[0], model.ctm.fresh_sync()))
 
 
 def test_carried_sums_equal_the_formula_of_a_closed_chunk():
@@ -142,10 +153,13 @@ def test_carried_sums_equal_the_formula_of_a_closed_chunk():
     session, thought = SessionMemory(model, 2, 8), model(tokens)
     session.observe(thought, torch.cat([tokens[:, 1:], torch.full((2, 1), -1)], 1))
     weight = dopamine(thought.nats.nan_to_num(), model.ctm.mean_surprise)
-    weight[:, -1] = 0                                               # nobody knows what followed the last token
-    decay = model.ctm.gamma(torch.tensor(1)) ** torch.arange(7, -1, -1)[:, None, None]        # gamma^(n-1-j)
-    expected = [(decay * weight[:, :, None, None] * d).sum(1) for d in (thought.delta_alpha, thought.delta_beta)]
-    assert torch.allclose(session.alpha, expected[0], atol=1e-5) and torch.allclose(session.beta, expected[1], atol=1e-5)
+    weight[:, -1] = 0                                               # what followed it is unknown
+    decay = (model.ctm.gamma(torch.tensor(1))                       # gamma^(n-1-j)
+             ** torch.arange(7, -1, -1)[:, None, None])
+    expected = [(decay * weight[:, :, None, None] * d).sum(1)
+                for d in (thought.delta_alpha, thought.delta_beta)]
+    assert (torch.allclose(session.alpha, expected[0], atol=1e-5)
+            and torch.allclose(session.beta, expected[1], atol=1e-5))
     assert torch.allclose(session.m, expected[0] / expected[1], atol=1e-5)
 
 
@@ -158,7 +172,8 @@ def test_changing_a_token_changes_nothing_before_it_in_any_tick(model, changed):
     other = tokens.clone()
     other[0, changed] = (other[0, changed] + 1) % model.backbone.config.vocab_size
     a, b = model(tokens), model(other)
-    assert torch.equal(a.hidden[:, :changed], b.hidden[:, :changed]) and torch.equal(a.keys[:, :changed], b.keys[:, :changed])
+    assert (torch.equal(a.hidden[:, :changed], b.hidden[:, :changed])
+            and torch.equal(a.keys[:, :changed], b.keys[:, :changed]))
     assert (a.hidden[:, changed] - b.hidden[:, changed]).abs().min() > 0
 
 
@@ -168,9 +183,10 @@ def test_recurrent_sync_equals_the_direct_weighted_sum():
     z, alpha, beta = torch.randn(K, 3, 20), 0, 0
     for k in range(K):
         alpha, beta = sync.r() * alpha + sync.pair(z[k]), sync.r() * beta + 1
-    weight = torch.exp(-sync.decay.clamp(0, 15) * torch.arange(K - 1, -1, -1)[:, None])        # (K, S)
+    weight = torch.exp(-sync.decay.clamp(0, 15) * torch.arange(K - 1, -1, -1)[:, None]) # (K, S)
     direct = (weight[:, None] * z[:, :, sync.left] * z[:, :, sync.right]).sum(0)
-    assert torch.allclose(alpha, direct, atol=1e-5) and torch.allclose(beta, weight.sum(0), atol=1e-5)
+    assert (torch.allclose(alpha, direct, atol=1e-5)
+            and torch.allclose(beta, weight.sum(0), atol=1e-5))
 
 
 # -----------------------------------------------------------------------------
@@ -189,7 +205,7 @@ def test_keys_do_not_depend_on_what_is_read_out(model):
     W = torch.randn(model.ctm.c_proj.weight.shape)
     a, b = model(tokens), model(tokens, plastic=W)
     assert torch.equal(a.keys, b.keys) and not torch.allclose(a.hidden, b.hidden)
-    model.ctm.c_proj.weight.data += W / math.sqrt(model.ctm.config.sync)                       # folding costs nothing to read
+    model.ctm.c_proj.weight.data += W / math.sqrt(model.ctm.config.sync)  # folding costs nothing
     assert torch.allclose(model(tokens).hidden, b.hidden, atol=1e-5)
 
 
@@ -197,7 +213,8 @@ def test_a_memory_for_each_row_is_that_rows_memory(model):
     tokens, W = some_tokens(model, 3, 9), torch.randn(3, *model.ctm.c_proj.weight.shape)
     together = model(tokens, plastic=W).hidden
     for row in range(3):
-        assert torch.allclose(together[row], model(tokens[row:row + 1], plastic=W[row]).hidden[0], atol=1e-5)
+        assert torch.allclose(together[row], model(tokens[row:row + 1], plastic=W[row]).hidden[0],
+                              atol=1e-5)
 
 
 def test_keys_have_unit_root_mean_square(model):
@@ -209,7 +226,8 @@ def test_qwen_unet_has_the_widths_and_the_size_of_the_design():
     with torch.device("meta"):
         model = NanoCTM(BackboneConfig())
     widths = [layer.out_features for layer in model.ctm.synapse.down]
-    assert widths == [*range(1920, 0, -128), 16] and [l.out_features for l in model.ctm.synapse.up][-1] == 1024
+    assert (widths == [*range(1920, 0, -128), 16]
+            and [l.out_features for l in model.ctm.synapse.up][-1] == 1024)
     assert 62e6 < sum(p.numel() for p in model.ctm.parameters()) < 72e6
     assert 590e6 < sum(p.numel() for p in model.backbone.parameters()) < 600e6
 
@@ -220,11 +238,13 @@ def test_a_bfloat16_backbone_thinks_in_bfloat16_with_fp32_sums(model):
     model.backbone.to(torch.bfloat16)
     state = model.ctm.start(model.trunk(tokens)[1])
     thought = model(tokens)
-    assert thought.hidden.dtype == state.z.dtype == torch.bfloat16                              # nothing promoted the block
+    assert thought.hidden.dtype == state.z.dtype == torch.bfloat16  # nothing promoted the block
     assert thought.keys.dtype == thought.delta_alpha.dtype == torch.float32
-    assert (thought.hidden - exact.hidden).pow(2).mean().sqrt() < 0.1 * exact.hidden.pow(2).mean().sqrt()
+    assert ((thought.hidden - exact.hidden).pow(2).mean().sqrt()
+            < 0.1 * exact.hidden.pow(2).mean().sqrt())
     step = model(tokens[:, 10:], model(tokens[:, :10]).cache)
-    assert (step.hidden - thought.hidden[:, 10:]).float().pow(2).mean().sqrt() < 0.1 * exact.hidden.pow(2).mean().sqrt()
+    assert ((step.hidden - thought.hidden[:, 10:]).float().pow(2).mean().sqrt()
+            < 0.1 * exact.hidden.pow(2).mean().sqrt())
 
 
 def test_checkpointed_ticks_give_the_same_gradients():
@@ -236,14 +256,16 @@ def test_checkpointed_ticks_give_the_same_gradients():
         loss, _ = model.tick_loss(model(tokens), tokens.roll(-1, 1), torch.ones(2, 10))
         loss.backward()
         grads.append({n: p.grad for n, p in model.ctm.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys() and all(torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
+    assert grads[0].keys() == grads[1].keys() and all(
+        torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
 
 
 def test_thinking_about_some_tokens_changes_nothing_for_them(model):
     tokens = padded(some_tokens(model, 3, 24))
     for given in (tokens, tokens.clamp(min=0)):
         where = torch.tensor([[0, 3, 23], [6, 9, 11], [1, 2, 20]])
-        whole, some = model.ticks(*model.trunk(given)), model.ticks(*model.trunk(given), where=where)
+        whole, some = (model.ticks(*model.trunk(given)),
+                       model.ticks(*model.trunk(given), where=where))
         for row in range(3):
             assert torch.allclose(some.out[row], whole.out[row, where[row]], atol=1e-5)
             assert torch.equal(some.real[row], whole.real[row, where[row]])
@@ -257,11 +279,13 @@ def test_tick_loss_is_the_mean_of_the_best_and_the_most_certain_tick():
     weight[:, -1] = 0
     loss, report = model.tick_loss(thought, tokens.roll(-1, 1), weight, "best")
     expected = (thought.tick_nats.min(-1).values + thought.nats)[:, :-1].mean() / 2
-    assert torch.allclose(loss, expected, atol=1e-5) and report["nats"] == pytest.approx(thought.nats[:, :-1].mean().item(), abs=1e-5)
+    assert (torch.allclose(loss, expected, atol=1e-5)
+            and report["nats"] == pytest.approx(thought.nats[:, :-1].mean().item(), abs=1e-5))
 
 
 def test_no_channel_owns_the_key_once_its_spread_is_known(model):
-    """Settled on a text, every channel of the key has about the same power there, however loud a neuron is."""
+    """Settled on a text, every channel of the key has about the same power there,
+    however loud a neuron is."""
     model.ctm.nlm.b2.data[0] += 30.0
     tokens = some_tokens(model, 4, 60)
     model.ctm.settle(*mean_and_square(model.ticks(*model.trunk(tokens))), 1.0)
@@ -276,11 +300,14 @@ def test_a_teacher_is_half_of_what_a_tick_learns():
     weight[:, -1] = 0
     thought = model(tokens)
     teacher = thought.at_read_tick(thought.hidden).detach()
-    nats, entropy = thought.nats[:, :-1], torch.special.entr(model.head(teacher[:, :-1]).softmax(-1)).sum(-1)
-    single = dataclasses.replace(thought, hidden=thought.at_read_tick(thought.hidden)[:, :, None], tick_nats=thought.nats[..., None],
-                     read_tick=torch.zeros_like(thought.read_tick))
+    nats, entropy = (thought.nats[:, :-1],
+                     torch.special.entr(model.head(teacher[:, :-1]).softmax(-1)).sum(-1))
+    single = dataclasses.replace(
+        thought, hidden=thought.at_read_tick(thought.hidden)[:, :, None],
+        tick_nats=thought.nats[..., None], read_tick=torch.zeros_like(thought.read_tick))
     loss, report = model.tick_loss(single, tokens.roll(-1, 1), weight, teacher=teacher)
-    assert torch.allclose(loss, (nats.mean() + entropy.mean()) / 2, atol=1e-5) and report["nats"] == pytest.approx(nats.mean().item(), abs=1e-5)
+    assert (torch.allclose(loss, (nats.mean() + entropy.mean()) / 2, atol=1e-5)
+            and report["nats"] == pytest.approx(nats.mean().item(), abs=1e-5))
     hidden = teacher[0].requires_grad_()
     model.cross_entropy(hidden, hidden.detach()).sum().backward()
     assert hidden.grad.abs().max() < 1e-5
@@ -291,9 +318,11 @@ def test_a_tick_by_chance_stands_for_the_mean_over_ticks():
     tokens, weight = some_tokens(model, 2, 16), torch.ones(2, 16)
     weight[:, -1] = 0
     thought = model(tokens)
-    drawn = torch.stack([model.tick_loss(thought, tokens.roll(-1, 1), weight)[0] for _ in range(300)])
+    drawn = torch.stack([model.tick_loss(thought, tokens.roll(-1, 1), weight)[0]
+                         for _ in range(300)])
     expected = (thought.tick_nats.mean(-1) + thought.nats)[:, :-1].mean() / 2
-    assert (drawn.mean() - expected).abs() < 4 * drawn.std() / 300 ** 0.5 and drawn.std() > 0  # four standard errors
+    assert ((drawn.mean() - expected).abs() < 4 * drawn.std() / 300 ** 0.5  # four standard errors
+            and drawn.std() > 0)
 
 
 def test_memory_of_logits_is_bounded_and_the_pieces_agree(monkeypatch):

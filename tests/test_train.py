@@ -1,4 +1,5 @@
-"""The loop end to end on a very small world: phases 1 and 2, exact resume, and one line for everything that goes wrong."""
+"""The loop end to end on a very small world:
+phases 1 and 2, exact resume, and one line for everything that goes wrong."""
 import json
 import os
 import subprocess
@@ -18,24 +19,29 @@ import train as training
 from model import BackboneConfig, CTMBlock, NanoCTM, ThoughtConfig, flops_per_token
 
 ROOT = Path(__file__).parent.parent
-SMALL = ("--hidden_size=32 --intermediate_size=48 --num_hidden_layers=2 --num_attention_heads=2 --num_key_value_heads=1 --head_dim=16 "
-         "--ticks=3 --history=2 --sync=48 --nlm_hidden=2 --unet_step=16 --block_head_dim=16 --B=4 --T=128 --warmup_steps=2 "
-         "--log_interval=2 --eval_interval=4 --eval_rows=2 --eval_questions=2 --max_position_embeddings=256").split()
+SMALL = ("--hidden_size=32 --intermediate_size=48 --num_hidden_layers=2 --num_attention_heads=2 "
+         "--num_key_value_heads=1 --head_dim=16 --ticks=3 --history=2 --sync=48 --nlm_hidden=2 "
+         "--unet_step=16 --block_head_dim=16 --B=4 --T=128 --warmup_steps=2 --log_interval=2 "
+         "--eval_interval=4 --eval_rows=2 --eval_questions=2 "
+         "--max_position_embeddings=256").split()
 
 
 def train(*options: str, processes: int = 1) -> subprocess.CompletedProcess:
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                     f"--nproc_per_node={processes}"]
-    return subprocess.run([*start, "train.py", *SMALL, *options], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    start = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc_per_node={processes}"]
+    return subprocess.run([*start, "train.py", *SMALL, *options], cwd=ROOT, capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A token file and a phase-1 backbone trained for 4 of 8 steps, then resumed; and 8 steps without a pause."""
+    """A token file and a phase-1 backbone trained for 4 of 8 steps, then resumed;
+    and 8 steps without a pause."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "text.txt").write_text("\n".join(topics[k] for k in sorted(topics)[:8]))
-    data.write_tokens(str(folder / "text.txt"), data.Tokenizer(str(ROOT / "weights")), folder / "tokens")
+    data.write_tokens(str(folder / "text.txt"), data.Tokenizer(str(ROOT / "weights")),
+                      folder / "tokens")
     options = [f"--text={folder}/tokens", "--max_steps=8"]
     for out, extra in (("whole", []), ("paused", ["--stop_at=4"]), ("paused", ["--resume"])):
         run = train(*options, f"--out_dir={folder}/{out}", *extra)
@@ -49,8 +55,9 @@ def same_files(a: Path, b: Path) -> bool:
 
 
 def phase2(world: Path, out: str, *extra: str, processes: int = 1) -> subprocess.CompletedProcess:
-    return train("--phase=2", f"--base={world}/whole/last", f"--text={world}/tokens", f"--out_dir={world}/{out}", "--max_steps=8",
-                 "--imitation_steps=2", "--thinking_share=0.5", *extra, processes=processes)
+    return train("--phase=2", f"--base={world}/whole/last", f"--text={world}/tokens",
+                 f"--out_dir={world}/{out}", "--max_steps=8", "--imitation_steps=2",
+                 "--thinking_share=0.5", *extra, processes=processes)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +83,8 @@ def test_phase_2_resumes_bit_for_bit_and_touches_nothing_but_the_block(grafted):
         assert same_files(world / "g1/last" / name, world / "g2/last" / name)
     assert (world / "whole/last/model.safetensors").read_bytes() == before
     log = [json.loads(line) for line in (world / "g1/log.jsonl").read_text().splitlines()]
-    assert log[0]["run"]["config"]["seed"] == 1 and log[-1]["step"] == 8 and {"loss", "nats", "val", "recall_8"} <= log[-1].keys()
+    assert (log[0]["run"]["config"]["seed"] == 1 and log[-1]["step"] == 8
+            and {"loss", "nats", "val", "recall_8"} <= log[-1].keys())
 
 
 def test_two_processes_take_the_same_steps_together(grafted):
@@ -85,12 +93,15 @@ def test_two_processes_take_the_same_steps_together(grafted):
     assert run.returncode == 0, run.stderr
     assert not same_files(world / "two/last/graft.safetensors", world / "g1/last/graft.safetensors")
     lines = [line for line in run.stdout.splitlines() if line.startswith("weights of rank")]
-    assert len(lines) == 2 and lines[0].split()[-1] == lines[1].split()[-1]                    # the same weights in both
+    assert len(lines) == 2 and lines[0].split()[-1] == lines[1].split()[-1]  # same weights in both
 
 
 def phase3(world: Path, out: str, *extra: str) -> subprocess.CompletedProcess:
-    return train("--phase=3", f"--base={world}/whole/last", f"--graft={world}/g1/last/graft.safetensors", f"--text={world}/tokens",
-                 f"--out_dir={world}/{out}", "--max_steps=8", "--eval_interval=8", "--thinking_share=0.5", "--carry_share=0.5", "--episode_facts=6", "--carry_facts=3", "--crowd_facts=4", *extra)
+    return train("--phase=3", f"--base={world}/whole/last",
+                 f"--graft={world}/g1/last/graft.safetensors", f"--text={world}/tokens",
+                 f"--out_dir={world}/{out}", "--max_steps=8", "--eval_interval=8",
+                 "--thinking_share=0.5", "--carry_share=0.5", "--episode_facts=6",
+                 "--carry_facts=3", "--crowd_facts=4", *extra)
 
 
 def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted):
@@ -101,18 +112,22 @@ def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted):
     for name in ("graft.safetensors", "optimizer.safetensors"):
         assert same_files(world / "m1/last" / name, world / "m2/last" / name)
     before, after = (load_file(world / f"{run}/last/graft.safetensors") for run in ("g1", "m1"))
-    for name in ("salience_weight", "engram", "log_half_life", "sync_out.rho_raw", "key_moment", "due_moment", "synapse.down.0.weight"):
+    for name in ("salience_weight", "engram", "log_half_life", "sync_out.rho_raw", "key_moment",
+                 "due_moment", "synapse.down.0.weight"):
         assert not torch.equal(before[name], after[name]), name
     assert after["ordinary"].any() and torch.linalg.eigvalsh(after["key_moment"]).min() > -1e-6
     log = [json.loads(line) for line in (world / "m1/log.jsonl").read_text().splitlines()]
-    assert {"value_nats", "agree", "reading", "rank", "salient_facts", "weights_10", "weights_50"} <= log[-1].keys()
+    assert {"value_nats", "agree", "reading", "rank", "salient_facts", "weights_10",
+            "weights_50"} <= log[-1].keys()
 
 
 @pytest.mark.parametrize("minds", [1, 2, 5])
 def test_memories_solved_side_by_side_are_those_solved_apart(minds):
-    """And each is the ridge regression of its own factors, weighted by their salience: W = V K (K' s K + ridge + n0 Sigma)^-1."""
+    """And each is the ridge regression of its own factors, weighted by their salience:
+    W = V K (K' s K + ridge + n0 Sigma)^-1."""
     torch.manual_seed(minds)
-    keys, values, salient = torch.nn.functional.normalize(torch.randn(10, 24)), torch.randn(10, 6), torch.rand(10)
+    keys, values, salient = (torch.nn.functional.normalize(torch.randn(10, 24)),
+                             torch.randn(10, 6), torch.rand(10))
     ctm, mind = CTMBlock(8, ThoughtConfig(sync=24, head_dim=8), 1e-6), torch.arange(10) % minds
     ctm.due_moment.copy_(keys[:3].T @ keys[:3] / 3)
     together = training.written(ctm, keys, salient, mind)
@@ -121,29 +136,34 @@ def test_memories_solved_side_by_side_are_those_solved_apart(minds):
         common = training.write_n0 * ctm.key_moment + training.write_n_due * ctm.due_moment
         taken = k.T @ (k * s[:, None]) + training.write_ridge * torch.eye(24) + common
         expected = torch.linalg.solve(taken, k.T @ v).T
-        assert torch.allclose(values[mind == one].T @ together[:, mind == one].T, expected.float(), atol=1e-4)
+        assert torch.allclose(values[mind == one].T @ together[:, mind == one].T,
+                              expected.float(), atol=1e-4)
     assert training.participation_ratio(torch.eye(24)[:7]) == pytest.approx(7)
 
 
 def test_a_write_as_a_plain_sum_trains_another_block(grafted):
     run = phase3(grafted, "sum", "--write_rule=sum", "--document_write=True")
     assert run.returncode == 0, run.stderr
-    assert not same_files(grafted / "m1/last/graft.safetensors", grafted / "sum/last/graft.safetensors")
+    assert not same_files(grafted / "m1/last/graft.safetensors",
+                          grafted / "sum/last/graft.safetensors")
 
 
 def test_the_control_of_phase_3_never_trains_through_the_write(grafted):
     world = grafted
     run = phase3(world, "unwritten", "--through_write=False")
     assert run.returncode == 0, run.stderr
-    before, after = (load_file(world / f"{run}/last/graft.safetensors") for run in ("g1", "unwritten"))
-    assert torch.equal(before["engram"], after["engram"]) and torch.equal(before["salience_weight"], after["salience_weight"])
+    before, after = (load_file(world / f"{run}/last/graft.safetensors")
+                     for run in ("g1", "unwritten"))
+    assert (torch.equal(before["engram"], after["engram"])
+            and torch.equal(before["salience_weight"], after["salience_weight"]))
     assert not torch.equal(before["synapse.down.0.weight"], after["synapse.down.0.weight"])
 
 
 def test_the_control_trains_the_layers_own_ffn(world):
     run = phase2(world, "ffn", "--block=ffn")
     assert run.returncode == 0, run.stderr
-    assert load_file(world / "ffn/last/graft.safetensors").keys() == {f"{n}_proj.weight" for n in ("up", "gate", "down")}
+    assert load_file(world / "ffn/last/graft.safetensors").keys() == {
+        f"{n}_proj.weight" for n in ("up", "gate", "down")}
 
 
 BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Hugging Face name"),
@@ -166,21 +186,25 @@ BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Huggi
 def refused(world) -> dict[str, subprocess.CompletedProcess]:
     """All of them at once, a process per core: what takes time is starting Python."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = pool.map(lambda extra: phase2(world, "bad " + extra.replace("/", " "), *extra.split()), (extra for extra, _ in BAD))
+        runs = pool.map(
+            lambda extra: phase2(world, "bad " + extra.replace("/", " "), *extra.split()),
+            (extra for extra, _ in BAD))
         return dict(zip((extra for extra, _ in BAD), runs))
 
 
 @pytest.mark.parametrize("extra, said", BAD)
 def test_bad_input_ends_with_one_line(refused, extra, said):
     run = refused[extra]
-    assert run.returncode in (1, 2) and run.stderr.count("error:") == 1 and said in run.stderr, run.stderr
+    assert (run.returncode in (1, 2) and run.stderr.count("error:") == 1
+            and said in run.stderr), run.stderr
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(world):
     good = phase2(world, "nan", "--stop_at=4", "--imitation_steps=0")
     assert good.returncode == 0, good.stderr
     run = phase2(world, "nan", "--resume", "--lr=1e18", "--clip=1e30", "--imitation_steps=0")
-    assert run.returncode == 1 and "expected a finite loss" in run.stderr and "is the last good checkpoint" in run.stderr
+    assert (run.returncode == 1 and "expected a finite loss" in run.stderr
+            and "is the last good checkpoint" in run.stderr)
     saved = load_file(world / "nan/last/graft.safetensors")
     assert json.loads((world / "nan/last/state.json").read_text())["step"] == 4
     assert all(torch.isfinite(t).all() for t in saved.values())
@@ -193,15 +217,18 @@ def test_resume_refuses_other_settings(grafted):
 
 
 def test_dry_run_prints_the_size_of_the_design_without_weights():
-    run = subprocess.run([sys.executable, "train.py", "config/phase2.py", "--dry_run=True"], cwd=ROOT, capture_output=True, text=True)
-    frozen, trainable = (int(w.replace(",", "")) for w in run.stdout.split("\n")[0].split() if w[0].isdigit())
+    run = subprocess.run([sys.executable, "train.py", "config/phase2.py", "--dry_run=True"],
+                         cwd=ROOT, capture_output=True, text=True)
+    frozen, trainable = (int(w.replace(",", "")) for w in run.stdout.split("\n")[0].split()
+                         if w[0].isdigit())
     total = float(run.stdout.strip().split("\n")[-1].split()[0])
     assert 590e6 < frozen < 600e6 and 62e6 < trainable < 72e6 and 0 < total <= 16
 
 
 @pytest.mark.parametrize("length", [16, 63])
 def test_flops_are_what_torch_counts(length):
-    b, c = BackboneConfig(97, 64, 96, 3, 4, 2, 16, 1e-6, 1e4, 256), ThoughtConfig(4, 3, 64, 3, 32, 16, 32)
+    b, c = (BackboneConfig(97, 64, 96, 3, 4, 2, 16, 1e-6, 1e4, 256),
+            ThoughtConfig(4, 3, 64, 3, 32, 16, 32))
     model, tokens = NanoCTM(b, c), torch.zeros(2, length, dtype=torch.long)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as trunk:
