@@ -4,8 +4,7 @@
     python train.py config/tiny_phase2.py       # the CTM block learns to think in its last layer
     python train.py config/tiny_phase3.py       # and to be written to
     python train.py config/phase2.py --dry_run=True  # what a run will need, without any weights
-    torchrun --nproc_per_node=2 train.py config/...  # data-parallel;
-                                                       on CPUs one thread per process is fastest
+    torchrun --nproc_per_node=2 train.py config/...  # data-parallel; on a CPU a thread each
 
 Phase 1: cross-entropy. Phase 2: the block first imitates the FFN that it replaces (regression on
 its output, no head needed), then learns by the tick loss. Phase 3: it reads with a carried state
