@@ -862,12 +862,18 @@ def block_module(model: NanoCTM) -> nn.Module:
     return model.ctm if model.block == "ctm" else model.backbone.layers[-1].mlp
 
 
+SYMMETRIC = ("key_moment", "due_moment")    # of these a file holds the lower triangle
+
+
 def save_graft(model: NanoCTM, path: Path, **notes: str) -> None:
     """Write what stands in the last layer, alone, with its shape and its base's fingerprint."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = asdict(model.ctm.config) if model.ctm else {}
     about = {"block": model.block, "thought": json.dumps(shape), "backbone": backbone_hash(model), **notes}
-    save_file({k: v.contiguous() for k, v in block_module(model).state_dict().items()}, path, about)
+    tensors = {k: v.contiguous() for k, v in block_module(model).state_dict().items()}
+    for name in tensors.keys() & set(SYMMETRIC):
+        tensors[name] = tensors[name][*torch.tril_indices(*tensors[name].shape)]
+    save_file(tensors, path, about)
 
 
 def load_graft(base: str, path: Path) -> NanoCTM:
@@ -881,5 +887,18 @@ def load_graft(base: str, path: Path) -> NanoCTM:
     if (found := backbone_hash(model)) != about["backbone"]:
         raise ValueError(f"{path}: expected the base it was trained on ({about['backbone']}), found {found} in {base}: "
                          f"use the backbone that belongs to it")
+    for name in tensors.keys() & set(SYMMETRIC):
+        tensors[name] = from_triangle(tensors[name])
     _put(block_module(model).float(), tensors, str(path))           # what was trained is fp32, whatever its base is
     return model
+
+
+def from_triangle(triangle: Tensor) -> Tensor:
+    """(n (n + 1) / 2,), a lower triangle row by row -> (n, n); anything else as it is."""
+    n = (math.isqrt(8 * triangle.numel() + 1) - 1) // 2
+    if triangle.shape != (n * (n + 1) // 2,):
+        return triangle
+    rows, columns = torch.tril_indices(n, n)
+    whole = triangle.new_zeros(n, n)
+    whole[rows, columns] = whole[columns, rows] = triangle
+    return whole

@@ -533,6 +533,7 @@ def apply_moment(moment: torch.Tensor, key: torch.Tensor, before: int, world: in
     if world > 1:
         dist.all_reduce(found)
         found = found / world
+    found = (found + found.T) / 2                                   # to the bit, as a file keeps it
     moment.lerp_(found, max(2 * baseline_rate, 1 / (1 + before)))
 
 

@@ -360,8 +360,9 @@ def test_a_graft_is_saved_alone_and_finds_its_base(tmp_path, block):
     save_backbone(model, tmp_path / "base")
     save_graft(model, tmp_path / "graft.safetensors")
     back = load_graft(str(tmp_path / "base"), tmp_path / "graft.safetensors")
-    tokens = some_tokens(model, 2, 12)
+    tokens, saved = some_tokens(model, 2, 12), back.state_dict()
     assert torch.equal(back(tokens).hidden, model(tokens).hidden)
+    assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items() if "ctm" in k)
     save_backbone(randomised("grouped queries", "ffn", seed=5), tmp_path / "other")
     with pytest.raises(ValueError, match="expected the base it was trained on"):
         load_graft(str(tmp_path / "other"), tmp_path / "graft.safetensors")
