@@ -306,7 +306,16 @@ class FactWorld:
         onset = next(o for o in sorted(ONSETS, key=len, reverse=True) if fact.name.startswith(o))
         strangers = [n for n in self.names if n not in told]
         near = [n for n in strangers if n.startswith(onset) or n.endswith(fact.name[len(onset):])]
-        return Fact(self.rng.choice(near or strangers), fact.relation, self._value(fact.relation))
+        return Fact(self.rng.choice(near or strangers), fact.relation, UNKNOWN)
+
+    def untold(self, fact: Fact, told: list[Fact]) -> Fact:
+        """A question like this one that nothing told answers: about a near miss, or, one in three,
+        about something else of the same person."""
+        known = {f.relation for f in told if f.name == fact.name}
+        others = [r for r in sorted(RELATIONS) if r not in known]
+        if others and self.rng.random() < 1 / 3:
+            return Fact(fact.name, self.rng.choice(others), UNKNOWN)
+        return self.near_miss(fact, {f.name for f in told})
 
     def _value(self, relation: str) -> str:
         """One of the relation's values; in training, more often than not any word, an invented one, another relation's.
@@ -347,10 +356,15 @@ class FactWorld:
         return self.rng.choice(wordings[-WORDINGS_HELD_OUT:] if held_out else wordings[:-WORDINGS_HELD_OUT])
 
     def session(self, n_facts: int, n_questions: int) -> list[Piece]:
-        """One chat: facts told in one to three user turns, at times told again in other words, then questions."""
+        """One chat: facts told in one to three user turns, at times told again in other words, then
+        questions, some of them about what nobody told; at times nothing is told at all."""
         facts = self.facts(n_facts)
+        asked = self.rng.sample(facts, min(n_questions, n_facts))
+        if self.rng.random() < TELLING_NOTHING:
+            return self.asked([f._replace(value=UNKNOWN) for f in asked])
         retold = self.rng.sample(facts, n_facts) if self.rng.random() < RETELLING else []
-        return [*self.told(facts), *self.turn(retold, VALUE_WEIGHT), *self.asked(self.rng.sample(facts, min(n_questions, n_facts)))]
+        asked = [self.untold(f, facts) if self.rng.random() < UNTOLD_SHARE else f for f in asked]
+        return [*self.told(facts), *self.turn(retold, VALUE_WEIGHT), *self.asked(asked)]
 
     def told(self, facts: list[Fact]) -> list[Piece]:
         """The facts in one to three user turns, with small talk at times. Values weigh 0: only chance could predict them."""
@@ -371,16 +385,18 @@ class FactWorld:
         pieces = []
         for fact in facts:
             before, after = answer(fact).rsplit(" " + fact.value, 1)
-            pieces += [Piece(user_turn(self.ask(fact))), Piece(before, 1.0), Piece(" " + fact.value, VALUE_WEIGHT, fact),
-                       Piece(after + TURN_END, 1.0)]
+            first, space, rest = fact.value.partition(" ")          # "... I do not know" is decided by its first word
+            pieces += [Piece(user_turn(self.ask(fact))), Piece(before, 1.0), Piece(" " + first, VALUE_WEIGHT, fact),
+                       Piece(space + rest + after + TURN_END, 1.0)]
         return pieces
 
-def context_questions(world: FactWorld, n_facts: int, n_questions: int) -> tuple[list[str], list[Fact]]:
-    """Prompts that tell `n_facts` and ask one of them in held-out words, and the facts asked for."""
+def context_questions(world: FactWorld, n_facts: int, n_questions: int, untold: bool = False) -> tuple[list[str], list[Fact]]:
+    """Prompts that tell `n_facts` and ask one of them in held-out words, or what none of them tells, and the right answers."""
     prompts, asked = [], []
     for _ in range(n_questions):
         facts = world.facts(n_facts)
         fact = world.rng.choice(facts)
+        fact = world.untold(fact, facts) if untold else fact
         told = user_turn(" ".join(map(world.tell, facts))) + world.rng.choice(ACKNOWLEDGEMENTS) + TURN_END
         prompts.append(told + user_turn(world.ask(fact, held_out=True)))
         asked.append(fact)
@@ -398,6 +414,9 @@ TURN_END = "<|im_end|>\n"
 USER, ASSISTANT = "<|im_start|>user\n", TURN_END + "<|im_start|>assistant\n"
 VALUE_WEIGHT = 4.0                      # of a value that was told before, next to 1 for the words around it
 RETELLING = 0.5                         # sessions in which everything is told twice
+UNKNOWN = "... I do not know"           # the value of what nobody told: "Marva keeps a ... I do not know."
+UNTOLD_SHARE = 0.2                      # of the questions in a session; TELLING_NOTHING: of sessions, all of them
+TELLING_NOTHING = 0.1
 
 
 def user_turn(text: str) -> str:
@@ -600,7 +619,7 @@ class Mixture:
             told.append((ids, weights))
             told_at += [(row, values[f]) for f in own]
             questions = rng.sample(own, min(size, 6))
-            strangers = [world.near_miss(f, people) for f in questions[:4] if rng.random() < 2 / 3]
+            strangers = [world.untold(f, facts) for f in questions[:4] if rng.random() < 2 / 3]
             pieces = world.asked(rng.sample(questions + strangers, len(questions + strangers)))
             ids, weights, values = self._marked([p._replace(weight=0.0) if p.fact in strangers else p for p in pieces])
             for f in strangers:                                     # nothing was told: nothing is learned, all stays as it is

@@ -573,6 +573,10 @@ def evaluate(model: NanoCTM, mixture: data.Mixture, device: str) -> dict[str, fl
             data.FactWorld(1000 + n, "held_out"), n, eval_questions)
         said = replies(model, mixture.tokenizer, prompts)
         found[f"recall_{n}"] = sum(map(data.is_recalled, said, facts)) / len(facts)
+    prompts, facts = data.context_questions(
+        data.FactWorld(1008, "held_out"), 8, eval_questions, untold=True)
+    said = replies(model, mixture.tokenizer, prompts)
+    found["untold_8"] = sum(map(data.is_recalled, said, facts)) / len(facts)
     if phase == 3:
         for n in (10, 50):
             found[f"weights_{n}"] = recall_from_weights(model, mixture.tokenizer, n)

@@ -1,5 +1,6 @@
 """Tokenizer, text, fact world, token files and rows."""
 import json
+import collections
 import re
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def test_answers_are_learned_whole_and_values_told_before_weigh_most(words):
             sentence = turn.split("<|im_end|>")[0]
             assert sentence in data.ACKNOWLEDGEMENTS or sentence in said
         for value in words.decode(row[1:][w == data.VALUE_WEIGHT].tolist()).split():
-            assert text.count(" " + value) >= 2                     # told in the row before due
+            assert value == "..." or text.count(" " + value) >= 2   # told in the row before due
 
 
 def test_a_session_is_encoded_as_its_whole_text_is(words):
@@ -140,15 +141,32 @@ def test_episodes_ask_what_was_told_and_know_where(words, step):
                 == e.told[told_row, told_at + 1:told_at + 1 + n].tolist())
         assert told_row == row and e.weight[row, at] == data.VALUE_WEIGHT
     everything = " ".join(words.decode([t for t in row if t >= 0]) for row in e.told.tolist())
-    for row, at in np.argwhere(e.weight == -1):                     # strangers: nobody told of them
-        asked = words.decode(e.asked[row, :at + 1].tolist()).rsplit("assistant\n", 1)[1]
-        assert re.match(r"\w+", asked)[0] not in re.findall(r"\w+", everything)
+    for row, at in np.argwhere(e.weight == -1):                     # nobody told that: "..." is due
+        asked = words.decode(e.asked[row, :at + 2].tolist()).rsplit("assistant\n", 1)[1]
+        name = re.match(r"\w+", asked)[0]
+        relation, = [r for r in data.RELATIONS.values()
+                     if asked == r.statements[0].split("{v}")[0].format(n=name) + "..."]
+        assert not any(re.search(s.format(n=name, v=r"\w+"), everything) for s in relation.statements)
     for row, at in e.told_at:                                       # news: a value to its full stop
         value = words.decode(
             e.told[row, at + 1:at + 1 + int(e.news[row, at:].cumprod().sum())].tolist())
         assert re.fullmatch(r" [A-Za-z]+\.", value)
     again = mix.episodes(12, step)
     assert all(np.array_equal(a, b) for a, b in zip(e, again))
+
+
+def test_what_nobody_told_is_not_known():
+    world = data.FactWorld(6)
+    kinds = collections.Counter()
+    for _ in range(50):
+        facts = world.facts(6)
+        stranger = world.untold(facts[0], facts)
+        assert (stranger.name, stranger.relation) not in {f[:2] for f in facts}
+        assert data.answer(stranger).endswith("... I do not know.")
+        kinds[stranger.name == facts[0].name] += 1
+    assert kinds[True] > 5 and kinds[False] > 20                    # both ways of not being told of
+    prompts, asked = data.context_questions(world, 4, 20, untold=True)
+    assert len(prompts) == 20 and {f.value for f in asked} == {data.UNKNOWN}
 
 
 def test_namesakes_begin_alike_and_spliced_values_are_new_words():
