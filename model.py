@@ -862,7 +862,7 @@ def block_module(model: NanoCTM) -> nn.Module:
     return model.ctm if model.block == "ctm" else model.backbone.layers[-1].mlp
 
 
-SYMMETRIC = ("key_moment", "due_moment")    # of these a file holds the lower triangle
+SYMMETRIC = ("key_moment", "due_moment")    # a file holds the lower triangle, or the diagonal until measured
 
 
 def save_graft(model: NanoCTM, path: Path, **notes: str) -> None:
@@ -872,7 +872,9 @@ def save_graft(model: NanoCTM, path: Path, **notes: str) -> None:
     about = {"block": model.block, "thought": json.dumps(shape), "backbone": backbone_hash(model), **notes}
     tensors = {k: v.contiguous() for k, v in block_module(model).state_dict().items()}
     for name in tensors.keys() & set(SYMMETRIC):
-        tensors[name] = tensors[name][*torch.tril_indices(*tensors[name].shape)]
+        whole, diagonal = tensors[name], tensors[name].diag()
+        tensors[name] = (diagonal.contiguous() if torch.equal(whole, diagonal.diag())
+                         else whole[*torch.tril_indices(*whole.shape)])
     save_file(tensors, path, about)
 
 
@@ -888,17 +890,18 @@ def load_graft(base: str, path: Path) -> NanoCTM:
         raise ValueError(f"{path}: expected the base it was trained on ({about['backbone']}), found {found} in {base}: "
                          f"use the backbone that belongs to it")
     for name in tensors.keys() & set(SYMMETRIC):
-        tensors[name] = from_triangle(tensors[name])
+        tensors[name] = symmetric(tensors[name], thought.sync)
     _put(block_module(model).float(), tensors, str(path))           # what was trained is fp32, whatever its base is
     return model
 
 
-def from_triangle(triangle: Tensor) -> Tensor:
-    """(n (n + 1) / 2,), a lower triangle row by row -> (n, n); anything else as it is."""
-    n = (math.isqrt(8 * triangle.numel() + 1) - 1) // 2
-    if triangle.shape != (n * (n + 1) // 2,):
-        return triangle
+def symmetric(packed: Tensor, n: int) -> Tensor:
+    """(n,), a diagonal, or (n (n + 1) / 2,), a lower triangle row by row -> (n, n); anything else as it is."""
+    if packed.shape == (n,):
+        return packed.diag()
+    if packed.shape != (n * (n + 1) // 2,):
+        return packed
     rows, columns = torch.tril_indices(n, n)
-    whole = triangle.new_zeros(n, n)
-    whole[rows, columns] = whole[columns, rows] = triangle
+    whole = packed.new_zeros(n, n)
+    whole[rows, columns] = whole[columns, rows] = packed
     return whole

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import train as training
 from model import (BackboneConfig, CTMBlock, NanoCTM, ThoughtConfig, flops_per_token,
-                   from_triangle)
+                   symmetric)
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--hidden_size=32 --intermediate_size=48 --num_hidden_layers=2 --num_attention_heads=2 "
@@ -116,7 +116,7 @@ def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted):
     for name in ("salience_weight", "engram", "log_half_life", "sync_out.rho_raw", "key_moment",
                  "due_moment", "synapse.down.0.weight"):
         assert not torch.equal(before[name], after[name]), name
-    moment = from_triangle(after["key_moment"])
+    moment = symmetric(after["key_moment"], len(after["baseline"][0]))
     assert after["ordinary"].any() and torch.linalg.eigvalsh(moment).min() > -1e-6
     log = [json.loads(line) for line in (world / "m1/log.jsonl").read_text().splitlines()]
     assert {"value_nats", "agree", "reading", "rank", "salient_facts", "weights_10",
