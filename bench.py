@@ -1,15 +1,20 @@
 """Every number that the README claims, measured again.
 
     python bench.py quality             # the tiny weights, about a minute
-    python bench.py quality --full      # and the question "depth or thinking time?", trained on the spot (half an hour)
-    python bench.py memory              # recall from weights after a restart, against other ways, nine minutes
-    python bench.py memory --full       # and fair opponents, ablations, two hops, MQAR; kept part by part, goes on where it was interrupted
-    python bench.py endurance           # the store under fire: kills, flipped bytes, lies, full disks, ten minutes
-    python bench.py card                # after `make tiny`: copy what was trained into weights/, with its card
+    python bench.py quality --full      # and the question "depth or thinking time?",
+                                          trained on the spot (half an hour)
+    python bench.py memory              # recall from weights after a restart,
+                                          against other ways, nine minutes
+    python bench.py memory --full       # and fair opponents, ablations, two hops, MQAR;
+                                          kept part by part, goes on where it was interrupted
+    python bench.py endurance           # the store under fire:
+                                          kills, flipped bytes, lies, full disks, ten minutes
+    python bench.py card                # after `make tiny`:
+                                          copy what was trained into weights/, with its card
 
-A table for people, and as the last line of standard output one JSON object with every figure, its seeds, the commit,
-the hardware and the sha256 of its text. All text and all people are held out. No threshold lives here: what is good
-enough is the reader's to say. Left out so far: sleep, speed.
+A table for people, and as the last line of standard output one JSON object with every figure, its
+seeds, the commit, the hardware and the sha256 of its text. All text and all people are held out. No
+threshold lives here: what is good enough is the reader's to say. Left out so far: sleep, speed.
 """
 import contextlib
 import errno
@@ -44,10 +49,12 @@ from tqdm import tqdm
 
 import configurator
 import data
-from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule, about, compact_memory, dopamine, engrams,
-                    norm_ratio, output_change, read_session, room_left, salience, salience_logit)
-from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block_module, flops_per_token, generate,
-                   load_backbone, load_graft, mean_and_square, read_tensors, replies, save_backbone, save_graft, successors)
+from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule,
+                    about, compact_memory, dopamine, engrams, norm_ratio, output_change,
+                    read_session, room_left, salience, salience_logit)
+from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block_module,
+                   flops_per_token, generate, load_backbone, load_graft, mean_and_square,
+                   read_tensors, replies, save_backbone, save_graft, successors)
 
 # -----------------------------------------------------------------------------
 # settings
@@ -55,16 +62,16 @@ from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block
 base = "weights/backbone"                   # the tiny backbone with its own FFN
 graft = "weights/graft.safetensors"         # the CTM block in its last layer
 control = "weights/ffn.safetensors"         # the backbone's FFN, trained further on the same tokens
-thinking = "weights/thinking.safetensors"   # the block after phase 2, which never learned to be written to
-picture = ""                                # of `memory`: a file for recall against the number of facts (needs matplotlib)
-folder = ""                                 # of `answer`, which `memory` starts as its second process
+thinking = "weights/thinking.safetensors"   # block after phase 2: never learned to be written to
+picture = ""                                # of `memory`: file to plot recall by facts (matplotlib)
+folder = ""                                 # of `answer`, which `memory` starts as second process
 tokenizer = "weights"
-seeds = 3                                   # samples of text and of questions; the spread is over these
+seeds = 3                                   # samples of text and questions; spread is over these
 rows = 24                                   # windows of held-out text per seed
 T = 256                                     # tokens per window
 questions = 100                             # per seed and number of facts
 kills = 300                                 # of `endurance`
-full = False                                # everything: depth or thinking time?; opponents, ablations, two hops, MQAR
+full = False                                # all: depth or ticks?; opponents, ablations, hops, MQAR
 full_steps = 250                            # steps per arm and seed
 
 
@@ -76,20 +83,23 @@ def spread(values: list[float]) -> dict[str, float]:
 # held-out text
 
 class HeldOut:
-    """Windows of the tiny world's held-out text: (rows, T) tokens per seed, and the bytes that they stand for."""
+    """Windows of the tiny world's held-out text: (rows, T) tokens per seed,
+    and the bytes that they stand for."""
 
     def __init__(self, words: data.Tokenizer):
         docs = data.tiny_documents()
         _, val = data.split_documents(docs)
         self.sha256 = data.text_sha256(docs)
-        self.words, self.ids = words, np.array(words.encode("".join(p + "<|endoftext|>" for p in val)))
+        self.words, self.ids = words, np.array(
+            words.encode("".join(p + "<|endoftext|>" for p in val)))
 
     def windows(self, seed: int) -> Tensor:
         starts = np.random.default_rng(seed).integers(0, len(self.ids) - T, rows)
         return torch.stack([torch.from_numpy(self.ids[s:s + T]) for s in starts])
 
     def bytes_predicted(self, tokens: Tensor) -> int:
-        return sum(len(self.words.decode([t for t in row[1:] if t != self.words.eot]).encode()) for row in tokens.tolist())
+        return sum(len(self.words.decode([t for t in row[1:] if t != self.words.eot]).encode())
+                   for row in tokens.tolist())
 
 
 @torch.no_grad()
@@ -106,13 +116,16 @@ def of(thoughts: list[Thought], name: str) -> Tensor:
 # figures of one sample of text
 
 def calibration_error(sure: Tensor, right: Tensor, bins: int = 15) -> float:
-    """Expected calibration error over bins of equal mass (arXiv:1706.04599, with the bins of arXiv:1904.01685)."""
+    """Expected calibration error over bins of equal mass
+    (arXiv:1706.04599, with the bins of arXiv:1904.01685)."""
     order = sure.argsort(stable=True)
-    return sum(abs(float(sure[b].mean() - right[b].float().mean())) * len(b) / len(sure) for b in order.chunk(bins))
+    return sum(abs(float(sure[b].mean() - right[b].float().mean())) * len(b) / len(sure)
+               for b in order.chunk(bins))
 
 
 def halted(certainty: Tensor, nats: Tensor, threshold: float) -> tuple[float, float]:
-    """Mean ticks and nats if thinking had stopped at the first tick that certain: certainty, nats (rows, T, K)."""
+    """Mean ticks and nats if thinking had stopped at the first tick that certain:
+    certainty, nats (rows, T, K)."""
     passed = certainty >= threshold
     last = torch.where(passed.any(-1), passed.int().argmax(-1), certainty.shape[-1] - 1)
     allowed = torch.arange(certainty.shape[-1]) <= last[..., None]
@@ -121,19 +134,24 @@ def halted(certainty: Tensor, nats: Tensor, threshold: float) -> tuple[float, fl
 
 
 def choose_threshold(certainty: Tensor, nats: Tensor) -> float:
-    """The lowest threshold whose cost in nats stays within 0.8 percent, on text that is not measured on."""
+    """The lowest threshold whose cost in nats stays within 0.8 percent,
+    on text that is not measured on."""
     _, all_ticks = halted(certainty, nats, 1.1)
-    return min((t for t in np.linspace(0.05, 0.99, 95) if halted(certainty, nats, t)[1] <= 1.008 * all_ticks), default=1.1)
+    return min((t for t in np.linspace(0.05, 0.99, 95)
+                if halted(certainty, nats, t)[1] <= 1.008 * all_ticks), default=1.1)
 
 
-def text_figures(models: dict[str, NanoCTM], held_out: HeldOut, seed: int) -> dict[str, float | list[float]]:
+def text_figures(models: dict[str, NanoCTM], held_out: HeldOut, seed: int
+                 ) -> dict[str, float | list[float]]:
     tokens = held_out.windows(seed)
     thoughts = {name: think(model, tokens) for name, model in models.items()}
     found = {f"{name}_nats": float(of(t, "nats").mean()) for name, t in thoughts.items()}
     thought, tuning = thoughts["graft"], think(models["graft"], held_out.windows(seed + 1000))
-    found["graft_bits_per_byte"] = float(of(thought, "nats").sum()) / math.log(2) / held_out.bytes_predicted(tokens)
+    found["graft_bits_per_byte"] = (float(of(thought, "nats").sum()) / math.log(2)
+                                    / held_out.bytes_predicted(tokens))
     found["nats_by_tick"] = of(thought, "tick_nats").mean((0, 1)).tolist()
-    shares = torch.bincount(of(thought, "read_tick").flatten(), minlength=len(found["nats_by_tick"])) / of(thought, "nats").numel()
+    shares = (torch.bincount(of(thought, "read_tick").flatten(),
+                             minlength=len(found["nats_by_tick"])) / of(thought, "nats").numel())
     found["read_tick_shares"] = shares.tolist()
     found["read_tick_entropy"] = float(torch.special.entr(shares).sum())
     found["halt_at"] = choose_threshold(of(tuning, "certainty"), of(tuning, "tick_nats"))
@@ -148,14 +166,16 @@ def text_figures(models: dict[str, NanoCTM], held_out: HeldOut, seed: int) -> di
 
 @torch.no_grad()
 def in_context_recall(model: NanoCTM, words: data.Tokenizer, n_facts: int, seed: int) -> float:
-    """Share of held-out people answered for to the letter, asked in held-out words, generated freely and greedily."""
+    """Share of held-out people answered for to the letter, asked in held-out words,
+    generated freely and greedily."""
     prompts, facts = data.context_questions(data.FactWorld(seed, "held_out"), n_facts, questions)
     said = [r for at in range(0, questions, 25) for r in replies(model, words, prompts[at:at + 25])]
     return sum(map(data.is_recalled, said, facts)) / questions
 
 
 def key_cosine_at_init(backbone: BackboneConfig, thought: ThoughtConfig, seed: int) -> float:
-    """Mean cosine between the uncentred y_out, last tick, of pairs of random inputs, in an untrained block."""
+    """Mean cosine between the uncentred y_out, last tick, of pairs of random inputs,
+    in an untrained block."""
     torch.manual_seed(seed)
     model = NanoCTM(backbone, thought)
     tokens, u = torch.zeros(64, 1, dtype=torch.long), torch.randn(64, 1, backbone.hidden_size)
@@ -169,18 +189,21 @@ def key_cosine_at_init(backbone: BackboneConfig, thought: ThoughtConfig, seed: i
 # what thinking costs
 
 def cost_table(backbone: BackboneConfig, thought: ThoughtConfig) -> list[dict]:
-    """FLOPs that the block adds per token, counted; and CPU microseconds of the block and of the trunk, measured."""
+    """FLOPs that the block adds per token, counted;
+    and CPU microseconds of the block and of the trunk, measured."""
     table = []
-    shapes = [("base", {}, T)] + [(f"K={k}", {"ticks": k}, T) for k in (1, 2, 4, 16)] + [(f"T={t}", {}, t) for t in (64, 128, 512)]
+    shapes = ([("base", {}, T)] + [(f"K={k}", {"ticks": k}, T) for k in (1, 2, 4, 16)]
+              + [(f"T={t}", {}, t) for t in (64, 128, 512)])
     for name, change, length in shapes + [(f"D={d}", {"hidden_size": d}, T) for d in (64, 256)]:
         b = replace(backbone, **{k: v for k, v in change.items() if k == "hidden_size"})
         c = replace(thought, **{k: v for k, v in change.items() if k != "hidden_size"})
         model, tokens = NanoCTM(b, c), torch.randint(0, b.vocab_size, (2, length))
         with torch.no_grad():
             trunk = model.trunk(tokens)
-            table.append({"shape": name, **flops_per_token(b, c, length),
-                          "trunk_us": 1e6 * cpu_seconds(lambda: model.trunk(tokens)) / tokens.numel(),
-                          "block_us": 1e6 * cpu_seconds(lambda: model.ticks(*trunk)) / tokens.numel()})
+            table.append({
+                "shape": name, **flops_per_token(b, c, length),
+                "trunk_us": 1e6 * cpu_seconds(lambda: model.trunk(tokens)) / tokens.numel(),
+                "block_us": 1e6 * cpu_seconds(lambda: model.ticks(*trunk)) / tokens.numel()})
     return table
 
 
@@ -201,7 +224,8 @@ def quality() -> dict:
     words = data.Tokenizer(tokenizer)
     held_out = HeldOut(words)
     models = {"backbone": load_backbone(base), "ffn_same_tokens": load_graft(base, Path(control)),
-              "graft": load_graft(base, Path(graft)), "thinking": load_graft(base, Path(thinking)), "ffn_deleted": load_backbone(base, block="none")}
+              "graft": load_graft(base, Path(graft)), "thinking": load_graft(base, Path(thinking)),
+              "ffn_deleted": load_backbone(base, block="none")}
     for model in models.values():
         model.eval().requires_grad_(False)
     shape = models["graft"].backbone.config, models["graft"].ctm.config
@@ -216,21 +240,28 @@ def quality() -> dict:
         sample["key_cosine_at_init"] = key_cosine_at_init(*shape, seed)
         samples.append(sample)
 
-    found = {k: spread([s[k] for s in samples]) for k in samples[0] if isinstance(samples[0][k], float)}
+    found = {k: spread([s[k] for s in samples])
+             for k in samples[0] if isinstance(samples[0][k], float)}
     value = {k: v["mean"] for k, v in found.items()}
     by_tick = np.mean([s["nats_by_tick"] for s in samples], 0).tolist()
-    recovered = (value["ffn_deleted_nats"] - value["graft_nats"]) / (value["ffn_deleted_nats"] - value["backbone_nats"])
+    recovered = ((value["ffn_deleted_nats"] - value["graft_nats"])
+                 / (value["ffn_deleted_nats"] - value["backbone_nats"]))
     costs = cost_table(*shape)
     print_table(found, by_tick, recovered, costs)
     trained = sum(p.numel() for p in block_module(models["graft"]).parameters())
-    result = {k: value[k] for k in ("backbone_nats", "ffn_same_tokens_nats", "graft_nats", "thinking_nats", "ffn_deleted_nats", "graft_bits_per_byte")}
-    result |= {"recovered": recovered, "nats_by_tick": by_tick, "read_tick_entropy": value["read_tick_entropy"],
+    result = {k: value[k] for k in ("backbone_nats", "ffn_same_tokens_nats", "graft_nats",
+                                    "thinking_nats", "ffn_deleted_nats", "graft_bits_per_byte")}
+    result |= {"recovered": recovered, "nats_by_tick": by_tick,
+               "read_tick_entropy": value["read_tick_entropy"],
                "read_tick_shares": np.mean([s["read_tick_shares"] for s in samples], 0).tolist(),
-               "halting": {"mean_ticks": value["halt_ticks"], "nats": value["halt_nats"], "halt": value["halt_at"]},
+               "halting": {"mean_ticks": value["halt_ticks"], "nats": value["halt_nats"],
+                           "halt": value["halt_at"]},
                "calibration_ece": value["calibration_ece"], "text_sha256": held_out.sha256,
                "in_context_recall": {str(n): value[f"graft_recall_{n}"] for n in (2, 8)},
-               "in_context_recall_backbone": {str(n): value[f"backbone_recall_{n}"] for n in (2, 8)},
-               "questions": seeds * questions, "key_cosine_at_init": value["key_cosine_at_init"], "trainable": trained,
+               "in_context_recall_backbone": {str(n): value[f"backbone_recall_{n}"]
+                                              for n in (2, 8)},
+               "questions": seeds * questions,
+               "key_cosine_at_init": value["key_cosine_at_init"], "trainable": trained,
                "frozen": sum(p.numel() for p in models["graft"].backbone.parameters()),
                "sd": {k: v["sd"] for k, v in found.items()}, "cost": costs}
     return result | ({"depth_or_ticks": depth_or_ticks()} if full else {})
@@ -240,10 +271,11 @@ def quality() -> dict:
 # depth or thinking time?
 
 def depth_or_ticks() -> dict:
-    """More layers against more ticks at equal FLOPs per token: both trained from nothing on the same text, held-out nats.
+    """More layers against more ticks at equal FLOPs per token:
+    both trained from nothing on the same text, held-out nats.
 
-    The thinker has the tiny backbone's layers with a CTM of 4 ticks in the last one; the deep one is a plain
-    transformer with as many layers as cost at least as much per token, FFN included.
+    The thinker has the tiny backbone's layers with a CTM of 4 ticks in the last one; the deep one
+    is a plain transformer with as many layers as cost at least as much per token, FFN included.
     """
     shape = load_graft(base, Path(graft))
     b, c = shape.backbone.config, replace(shape.ctm.config, ticks=4)
@@ -252,10 +284,13 @@ def depth_or_ticks() -> dict:
         return f["trunk"] + (f["block"] if thinking else f["ffn"])
     thinker = cost(b.num_hidden_layers, True)
     layers = next(n for n in range(1, 100) if cost(n, False) >= thinker)
-    arms = {f"ticks: {b.num_hidden_layers} layers, K=4": (b, "ctm"), f"depth: {layers} layers": (replace(b, num_hidden_layers=layers), "ffn")}
-    result = {"flops_per_token": {"ticks": thinker, "depth": cost(layers, False)}, "steps": full_steps}
+    arms = {f"ticks: {b.num_hidden_layers} layers, K=4": (b, "ctm"),
+            f"depth: {layers} layers": (replace(b, num_hidden_layers=layers), "ffn")}
+    result = {"flops_per_token": {"ticks": thinker, "depth": cost(layers, False)},
+              "steps": full_steps}
     with one_process_each(2 * seeds) as pool:
-        runs = {arm: [pool.submit(train_from_nothing, config, c, block, seed, tokenizer, full_steps) for seed in range(seeds)]
+        runs = {arm: [pool.submit(train_from_nothing, config, c, block, seed, tokenizer, full_steps)
+                      for seed in range(seeds)]
                 for arm, (config, block) in arms.items()}
         for arm, done in runs.items():
             result[arm] = spread([run.result() for run in done])
@@ -265,18 +300,22 @@ def depth_or_ticks() -> dict:
 
 def one_process_each(tasks: int) -> ProcessPoolExecutor:
     """As many single-threaded processes as there are cores, or tasks."""
-    return ProcessPoolExecutor(min(tasks, os.cpu_count() or 1), multiprocessing.get_context("spawn"), initializer=torch.set_num_threads,
-                               initargs=(1,))
+    return ProcessPoolExecutor(min(tasks, os.cpu_count() or 1),
+                               multiprocessing.get_context("spawn"),
+                               initializer=torch.set_num_threads, initargs=(1,))
 
 
-def train_from_nothing(config: BackboneConfig, c: ThoughtConfig, block: str, seed: int, tokenizer: str, full_steps: int) -> float:
+def train_from_nothing(config: BackboneConfig, c: ThoughtConfig, block: str, seed: int,
+                       tokenizer: str, full_steps: int) -> float:
     """Held-out nats per token after so many steps of 8 windows, everything learning."""
     words = data.Tokenizer(tokenizer)
-    train, val = (words.encode("".join(pieces)) for pieces in data.split_documents(data.tiny_documents()))
+    train, val = (words.encode("".join(pieces))
+                  for pieces in data.split_documents(data.tiny_documents()))
     torch.manual_seed(seed)
     model = NanoCTM(config, c, block)
     model.backbone.initialise()
-    learning = [p for n, p in model.named_parameters() if block == "ffn" or f"layers.{config.num_hidden_layers - 1}.mlp" not in n]
+    learning = [p for n, p in model.named_parameters()
+                if block == "ffn" or f"layers.{config.num_hidden_layers - 1}.mlp" not in n]
     optimizer = torch.optim.AdamW(learning, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     mixture = data.Mixture(words, np.array(train), T, 1.0, 0.0, seed)
     for step in range(full_steps):
@@ -292,7 +331,8 @@ def train_from_nothing(config: BackboneConfig, c: ThoughtConfig, block: str, see
         if model.ctm:
             model.ctm.settle(*mean_and_square(ticks), max(0.01, 1 / (step + 1)))
         if step % 50 == 0:
-            print(f"seed {seed} {block} step {step}/{full_steps} loss {loss.item():.3f}", file=sys.stderr)
+            print(f"seed {seed} {block} step {step}/{full_steps} loss {loss.item():.3f}",
+                  file=sys.stderr)
     starts = range(0, len(val) - T, max(T, len(val) // 48))
     model.eval()
     return float(of(think(model, torch.tensor([val[s:s + T] for s in starts])), "nats").mean())
@@ -304,9 +344,11 @@ def print_table(found: dict, by_tick: list[float], recovered: float, costs: list
         print(f"{name:28s} {v['mean']:9.4f} {v['sd']:8.4f}")
     print(f"{'recovered of the deletion':28s} {recovered:9.4f}")
     print("nats by tick                ", " ".join(f"{n:.3f}" for n in by_tick))
-    print(f"\n{'cost':8s} {'FLOPs/token':>12s} {'reading':>12s} {'attention':>12s} {'trunk':>12s} {'block us':>9s} {'trunk us':>9s}")
+    print(f"\n{'cost':8s} {'FLOPs/token':>12s} {'reading':>12s} {'attention':>12s} {'trunk':>12s} "
+          f"{'block us':>9s} {'trunk us':>9s}")
     for row in costs:
-        print(f"{row['shape']:8s} {row['block']:12,d} {row['block_reading']:12,d} {row['block_attention']:12,d} {row['trunk']:12,d} "
+        print(f"{row['shape']:8s} {row['block']:12,d} {row['block_reading']:12,d} "
+              f"{row['block_attention']:12,d} {row['trunk']:12,d} "
               f"{row['block_us']:9.1f} {row['trunk_us']:9.1f}")
 
 
@@ -314,10 +356,13 @@ def print_table(found: dict, by_tick: list[float], recovered: float, costs: list
 # memory: told once, written, asked in another process
 
 class Mind:
-    """The model with its words: told sessions, asked questions. Everything greedy, everybody held out."""
+    """The model with its words: told sessions, asked questions.
+    Everything greedy, everybody held out."""
 
     def __init__(self, name: str = "", **settings):
-        self.model, self.words = load_graft(base, Path(name or graft)).eval().requires_grad_(False), data.Tokenizer(tokenizer)
+        self.model, self.words = (
+            load_graft(base, Path(name or graft)).eval().requires_grad_(False),
+            data.Tokenizer(tokenizer))
         self.ctm, self.settings = self.model.ctm, settings          # of SessionMemory
 
     @functools.cached_property
@@ -326,12 +371,15 @@ class Mind:
         return Plastic(Plastic.blank(self.ctm).weight, room_left(self.ctm, None, WriteRule()))
 
     def told(self, sessions: list[str]) -> list[tuple[Factors, Snapshot, int]]:
-        """Read each text as one session, side by side: what it leaves, and how many tokens it had."""
+        """Read each text as one session, side by side:
+        what it leaves, and how many tokens it had."""
         left = []
         for part in batches(sessions, 25):
             ids = [self.words.encode(text) for text in part]
-            session, factors = read_session(self.model, torch.from_numpy(data.padded(ids, -1)), **self.settings)
-            left += [(f, session.snapshot(i, torch.tensor(ids[i])), len(ids[i])) for i, f in enumerate(factors)]
+            session, factors = read_session(
+                self.model, torch.from_numpy(data.padded(ids, -1)), **self.settings)
+            left += [(f, session.snapshot(i, torch.tensor(ids[i])), len(ids[i]))
+                     for i, f in enumerate(factors)]
         return left
 
     def factors(self, sessions: list[str]) -> list[Factors]:
@@ -343,23 +391,30 @@ class Mind:
             plastic = compact_memory(self.ctm, plastic, f)
         return plastic
 
-    def ask(self, questions: list[str], plastic: Plastic | None | list[Plastic] = None, before: list[str] | None = None) -> list[str]:
-        """Each question as a new session: with one memory for all or one for each; after `before`, in the same context."""
-        prompts = [self.words.encode(b + data.user_turn(q)) for q, b in zip(questions, before or [""] * len(questions))]
+    def ask(self, questions: list[str], plastic: Plastic | None | list[Plastic] = None,
+            before: list[str] | None = None) -> list[str]:
+        """Each question as a new session: with one memory for all or one for each;
+        after `before`, in the same context."""
+        prompts = [self.words.encode(b + data.user_turn(q))
+                   for q, b in zip(questions, before or [""] * len(questions))]
         said: dict[int, str] = {}
         for part in batches(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), 50):
             each = [plastic[i] for i in part] if isinstance(plastic, list) else None
-            weight = torch.stack([p.weight.float() for p in each]) if each else plastic.weight.float() if plastic else None
+            weight = (torch.stack([p.weight.float() for p in each]) if each
+                      else plastic.weight.float() if plastic else None)
             width = max(len(prompts[i]) for i in part)
             tokens = torch.tensor([[-1] * (width - len(prompts[i])) + prompts[i] for i in part])
             session = SessionMemory(self.model, len(part), threshold=1.1)
-            steps = [s.token for s in generate(self.model, tokens, 16, stop=self.words.im_end, plastic=weight, session=session)]
+            steps = [s.token for s in generate(self.model, tokens, 16, stop=self.words.im_end,
+                                               plastic=weight, session=session)]
             for i, row in zip(part, torch.stack(steps, 1).tolist()):
                 said[i] = self.words.decode([t for t in row if t >= 0 and t != self.words.im_end])
         return [said[i] for i in range(len(prompts))]
 
-    def recall(self, world: data.FactWorld, facts: list[data.Fact], plastic, held_out: bool = True) -> float:
-        return mean(map(data.is_recalled, self.ask([world.ask(f, held_out) for f in facts], plastic), facts))
+    def recall(self, world: data.FactWorld, facts: list[data.Fact], plastic,
+               held_out: bool = True) -> float:
+        return mean(map(data.is_recalled,
+                        self.ask([world.ask(f, held_out) for f in facts], plastic), facts))
 
 
 def batches(items: list, size: int) -> list[list]:
@@ -371,12 +426,14 @@ def session_text(world: data.FactWorld, facts: list[data.Fact]) -> str:
 
 
 class Sample:
-    """One seed's people, what they are told to be, and the model that was told: the same for every arm."""
+    """One seed's people, what they are told to be, and the model that was told:
+    the same for every arm."""
 
     def __init__(self, seed: int):
         self.seed, self.mind, self.world = seed, Mind(), data.FactWorld(seed, "held_out")
         self.facts = self.world.population(100)
-        self.texts = {n: [session_text(self.world, part) for part in batches(self.facts, n)] for n in (1, 10)}
+        self.texts = {n: [session_text(self.world, part) for part in batches(self.facts, n)]
+                      for n in (1, 10)}
         self.windows = HeldOut(self.mind.words).windows(seed)
         self.ordinary = OrdinaryText(self.mind.model, self.windows[:8])
         self.left = self.mind.told(self.texts[10])
@@ -400,28 +457,35 @@ class Sample:
 
     @functools.cached_property
     def asked(self) -> dict[str, list[str]]:
-        """Each fact asked in training's words, in held-out ones, and for a stranger of nearly the same name."""
+        """Each fact asked in training's words, in held-out ones,
+        and for a stranger of nearly the same name."""
         w = self.world
-        return {"direct": [w.ask(f) for f in self.facts], "paraphrase": [w.ask(f, held_out=True) for f in self.facts],
+        return {"direct": [w.ask(f) for f in self.facts],
+                "paraphrase": [w.ask(f, held_out=True) for f in self.facts],
                 "near_miss": [w.ask(f, held_out=True) for f in self.strangers]}
 
     def questions(self, which: list[int]) -> list[str]:
         return [self.asked[kind][i] for kind in self.asked for i in which]
 
     def graded(self, which: list[int], replies: list[str]) -> dict[str, list[bool]]:
-        """Replies to `questions(which)`: is it the fact; does a stranger get that of the one of nearly the same name, or anybody's?"""
+        """Replies to `questions(which)`: is it the fact; does a stranger get that of the one of
+        nearly the same name, or anybody's?"""
         right = {"anybodys": []}
         for kind, given in zip(self.asked, batches(replies, len(which))):
-            as_said = [self.facts[i]._replace(name=self.strangers[i].name) if kind == "near_miss" else self.facts[i] for i in which]
+            as_said = [self.facts[i]._replace(name=self.strangers[i].name) if kind == "near_miss"
+                       else self.facts[i] for i in which]
             right[kind] = list(map(data.is_recalled, given, as_said))
         for i, reply in zip(which, replies[-len(which):]):
-            told = {self.facts[j].value for j in which if self.facts[j].relation == self.facts[i].relation}
-            right["anybodys"].append(any(data.is_recalled(reply, self.strangers[i]._replace(value=v)) for v in told))
+            told = {self.facts[j].value for j in which
+                    if self.facts[j].relation == self.facts[i].relation}
+            right["anybodys"].append(any(
+                data.is_recalled(reply, self.strangers[i]._replace(value=v)) for v in told))
         return right
 
 
 def draw(found: dict[str, dict], file: str) -> None:
-    """Recall from weights against the number of facts told, with its 95 % intervals, next to the memory off and chance."""
+    """Recall from weights against the number of facts told, with its 95 % intervals,
+    next to the memory off and chance."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -429,9 +493,13 @@ def draw(found: dict[str, dict], file: str) -> None:
     recall = [found[f"capacity_{n}"]["mean"] for n in sizes]
     low, high = zip(*(wilson(r, seeds * min(n, 100)) for r, n in zip(recall, sizes)))
     figure, axes = pyplot.subplots(figsize=(6, 3.2))
-    axes.errorbar(sizes, recall, np.maximum(0, [np.subtract(recall, low), np.subtract(high, recall)]), marker="o", capsize=3, label="from weights, after a restart")
+    axes.errorbar(sizes, recall,
+                  np.maximum(0, [np.subtract(recall, low), np.subtract(high, recall)]),
+                  marker="o", capsize=3, label="from weights, after a restart")
     axes.axhline(found["off_100"]["mean"], linestyle="--", color="gray", label="memory off")
-    axes.set(xscale="log", xlabel="facts told, in sessions of 10", ylabel="recalled, in other words", ylim=(-0.02, 1.02), xticks=sizes, xticklabels=sizes)
+    axes.set(xscale="log", xlabel="facts told, in sessions of 10",
+             ylabel="recalled, in other words", ylim=(-0.02, 1.02),
+             xticks=sizes, xticklabels=sizes)
     axes.legend()
     figure.tight_layout()
     figure.savefig(file)
@@ -439,52 +507,64 @@ def draw(found: dict[str, dict], file: str) -> None:
 
 def wilson(share: float, n: int, z: float = 1.96) -> list[float]:
     """95 % interval of a share of n (Wilson 1927)."""
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    middle, half = (share + z * z / (2 * n),
+                    z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)))
     return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
 
 
-def after_restart(mind: Mind, folder: Path, stores: list[tuple[list, list[str]]]) -> list[list[str]]:
-    """Commit sessions to a store each, then let a new process open them and answer; -> the replies, store by store."""
+def after_restart(mind: Mind, folder: Path, stores: list[tuple[list, list[str]]]
+                  ) -> list[list[str]]:
+    """Commit sessions to a store each, then let a new process open them and answer;
+    -> the replies, store by store."""
     text = OrdinaryText(mind.model)
     for i, (sessions, _) in enumerate(stores):
         with Store(folder / str(i), mind.model, max_drift=math.inf, text=text) as store:
             for factors, snapshot, tokens in sessions:
                 store.commit(factors, snapshot, tokens)
     (folder / "questions.json").write_text(json.dumps([asked for _, asked in stores]))
-    answered = subprocess.run([sys.executable, __file__, "answer", f"--folder={folder}", f"--base={base}", f"--graft={graft}",
-                               f"--tokenizer={tokenizer}"], capture_output=True, text=True)
+    answered = subprocess.run([sys.executable, __file__, "answer", f"--folder={folder}",
+                               f"--base={base}", f"--graft={graft}", f"--tokenizer={tokenizer}"],
+                              capture_output=True, text=True)
     if answered.returncode:
-        raise ValueError(f"expected answers from a second process, found exit {answered.returncode}: {answered.stderr.strip()[-200:]}")
+        raise ValueError("expected answers from a second process, found exit "
+                         f"{answered.returncode}: {answered.stderr.strip()[-200:]}")
     return json.loads((folder / "answers.json").read_text())
 
 
 def answer() -> dict:
-    """What the second process does: open each store, ask, write down the replies. Nothing else is known to it."""
+    """What the second process does: open each store, ask, write down the replies.
+    Nothing else is known to it."""
     mind, asked, known = Mind(), json.loads((Path(folder) / "questions.json").read_text()), []
     for i in range(len(asked)):
         with Store(Path(folder) / str(i), mind.model, read_only=True) as store:
             known.append(Plastic(store.plastic()))
-    said = iter(mind.ask(sum(asked, []), [p for p, questions in zip(known, asked) for _ in questions]))
-    (Path(folder) / "answers.json").write_text(json.dumps([[next(said) for _ in questions] for questions in asked]))
+    said = iter(mind.ask(sum(asked, []),
+                         [p for p, questions in zip(known, asked) for _ in questions]))
+    (Path(folder) / "answers.json").write_text(
+        json.dumps([[next(said) for _ in questions] for questions in asked]))
     return {"stores": len(known), "text_sha256": ""}
 
 
 def restart_figures(s: Sample) -> dict:
-    """Recall at N = 1, 10, 100, in a new process; how often a stranger is given the fact of the one of nearly the same name, or anybody's."""
+    """Recall at N = 1, 10, 100, in a new process; how often a stranger is given the fact
+    of the one of nearly the same name, or anybody's."""
     everybody = list(range(len(s.facts)))
-    plan = {"1": [([left], [i]) for i, left in enumerate(s.singles)], "10": [([left], which) for left, which in zip(s.left, batches(everybody, 10))],
+    plan = {"1": [([left], [i]) for i, left in enumerate(s.singles)],
+            "10": [([left], which) for left, which in zip(s.left, batches(everybody, 10))],
             "100": [(s.left, everybody)]}
     found = {}
     for n, stores in plan.items():
         with tempfile.TemporaryDirectory() as where:
-            said = after_restart(s.mind, Path(where), [(left, s.questions(which)) for left, which in stores])
+            said = after_restart(s.mind, Path(where),
+                                 [(left, s.questions(which)) for left, which in stores])
         graded = [s.graded(which, given) for (_, which), given in zip(stores, said)]
         found |= {f"{n}_{kind}": mean(x for g in graded for x in g[kind]) for kind in graded[0]}
     return found
 
 
 def neighbour_figures(mind: Mind, world: data.FactWorld, relation: str) -> dict:
-    """What ten people of one relation lose when 1, 10 and 100 others of the same relation are told after them."""
+    """What ten people of one relation lose when 1, 10 and 100 others of the same relation
+    are told after them."""
     facts = world.population(110, [relation])
     left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
     ones = mind.factors([session_text(world, part[:1]) for part in batches(facts, 10)])
@@ -492,27 +572,36 @@ def neighbour_figures(mind: Mind, world: data.FactWorld, relation: str) -> dict:
     states = {"0": firsts, "1": [mind.write([ones[j + 1]], w) for j, w in enumerate(firsts)],
               "10": [mind.write([left[j + 1]], w) for j, w in enumerate(firsts)],
               "100": [mind.write(left[:j] + left[j + 1:], w) for j, w in enumerate(firsts)]}
-    known = {n: mind.recall(world, facts[:100], [w for w in ws for _ in range(10)]) for n, ws in states.items()}
+    known = {n: mind.recall(world, facts[:100], [w for w in ws for _ in range(10)])
+             for n, ws in states.items()}
     return {f"{n}_neighbour_drop": known["0"] - known[n] for n in ("1", "10", "100")}
 
 
-def order_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact], left: list[Factors]) -> dict:
-    """First of ten sessions, each session having been first; facts that change; denials; the model's own guesses."""
+def order_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact],
+                  left: list[Factors]) -> dict:
+    """First of ten sessions, each session having been first; facts that change; denials;
+    the model's own guesses."""
     parts = batches(facts, 10)
-    first = mind.recall(world, facts, [w for j in range(10) for w in [mind.write(left[j:] + left[:j])] * 10])
+    first = mind.recall(world, facts,
+                        [w for j in range(10) for w in [mind.write(left[j:] + left[:j])] * 10])
     everything = mind.write(left)
     changed = [world.another_value(f) for f in facts]
-    after = mind.write(mind.factors([session_text(world, part) for part in batches(changed, 10)]), everything)
+    after = mind.write(
+        mind.factors([session_text(world, part) for part in batches(changed, 10)]), everything)
     replies = mind.ask([world.ask(f, held_out=True) for f in facts], after)
-    denied = mind.write(mind.factors([data.user_turn(" ".join(map(data.denial, part))) for part in parts]))
+    denied = mind.write(
+        mind.factors([data.user_turn(" ".join(map(data.denial, part))) for part in parts]))
     guessed = mind.write([own_guess(mind, world, f) for f in facts])
-    return {"retention": first, "changed": mean(map(data.is_recalled, replies, changed)), "old": mean(map(data.is_recalled, replies, facts)),
-            "negation": mind.recall(world, facts, denied), "own_guess": mind.recall(world, facts, guessed)}
+    return {"retention": first, "changed": mean(map(data.is_recalled, replies, changed)),
+            "old": mean(map(data.is_recalled, replies, facts)),
+            "negation": mind.recall(world, facts, denied),
+            "own_guess": mind.recall(world, facts, guessed)}
 
 
 def own_guess(mind: Mind, world: data.FactWorld, fact: data.Fact) -> Factors:
     """A session in which the user only asked, and the model said `fact` by itself."""
-    asked, said = ([*mind.words.encode(t)] for t in (data.user_turn(world.ask(fact)), data.answer(fact) + data.TURN_END))
+    asked, said = ([*mind.words.encode(t)]
+                   for t in (data.user_turn(world.ask(fact)), data.answer(fact) + data.TURN_END))
     session = SessionMemory(mind.model, 1)
     thought = session.read(torch.tensor([asked]), Cache())
     session.read(torch.tensor([said]), thought.cache, own=len(said))
@@ -522,33 +611,39 @@ def own_guess(mind: Mind, world: data.FactWorld, fact: data.Fact) -> Factors:
 def capacity_figures(mind: Mind, world: data.FactWorld) -> dict:
     """Recall of 100 of the facts told so far, in sessions of 10, as they become more."""
     S = mind.ctm.config.sync
-    most = len(world.names) * len(data.RELATIONS)                   # what can be said of the people that there are
+    most = len(world.names) * len(data.RELATIONS)                   # all that can be said of people
     sizes = sorted({min(n, most) for n in (S // 8, S // 4, S // 2, S, 2 * S, 4 * S)})
     facts, plastic, told, found = world.population(sizes[-1]), None, 0, {}
     left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
     for n in sizes:
         plastic, told = mind.write(left[told:-(-n // 10)], plastic), -(-n // 10)
-        found[f"capacity_{n}"] = mind.recall(world, world.rng.sample(facts[:n], min(n, 100)), plastic)
+        found[f"capacity_{n}"] = mind.recall(
+            world, world.rng.sample(facts[:n], min(n, 100)), plastic)
     return found
 
 
 # -- the other arms, on the same facts
 
 def arm_figures(s: Sample) -> dict:
-    """Memory off; all in the prompt; a random write of the same size; facts deranged within their relation."""
+    """Memory off; all in the prompt; a random write of the same size;
+    facts deranged within their relation."""
     mind, world, facts, nats = s.mind, s.world, s.facts, s.nats
     off = mind.recall(world, facts, None)
     found = {f"off_{n}": off for n in (1, 10, 100)} | {"off_text_nats": nats(None)}
     for n in (1, 10):
         groups = batches(list(range(len(facts))), n)
         asked = [s.questions(which) for which in groups]
-        said = iter(mind.ask(sum(asked, []), None, [text for text, questions in zip(s.texts[n], asked) for _ in questions]))
-        graded = [s.graded(which, [next(said) for _ in questions]) for which, questions in zip(groups, asked)]
+        said = iter(mind.ask(sum(asked, []), None, [
+            text for text, questions in zip(s.texts[n], asked) for _ in questions]))
+        graded = [s.graded(which, [next(said) for _ in questions])
+                  for which, questions in zip(groups, asked)]
         right = {kind: mean(x for g in graded for x in g[kind]) for kind in graded[0]}
-        found |= {f"in_context_{n}": right["paraphrase"], f"in_context_{n}_near_miss": right["near_miss"]}
+        found |= {f"in_context_{n}": right["paraphrase"],
+                  f"in_context_{n}_near_miss": right["near_miss"]}
     for n, factors in ((1, [s.singles[0][0]]), (10, s.factors[:1]), (100, s.factors)):
         weight = mind.write(factors).weight
-        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(n),
+                            dtype=torch.float64)
         noise = Plastic(noise * weight.norm() / noise.norm())
         found[f"random_{n}"] = mind.recall(world, facts, noise)
         found[f"random_{n}_text_nats"] = nats(noise)
@@ -556,7 +651,8 @@ def arm_figures(s: Sample) -> dict:
     for n in (1, 10, 100):
         lied = mind.factors([session_text(world, part) for part in batches(lies, min(n, 10))])
         groups = [lied] if n == 100 else [[f] for f in lied]
-        found[f"deranged_{n}"] = mind.recall(world, facts, [w for group in groups for w in [mind.write(group)] * n])
+        found[f"deranged_{n}"] = mind.recall(
+            world, facts, [w for group in groups for w in [mind.write(group)] * n])
     return found
 
 
@@ -570,7 +666,8 @@ def deranged(world: data.FactWorld, facts: list[data.Fact]) -> list[data.Fact]:
 
 
 class FineTuning:
-    """Gradient descent on the very tensor that memory is written beside. Its inputs do not depend on it: thought about once."""
+    """Gradient descent on the very tensor that memory is written beside.
+    Its inputs do not depend on it: thought about once."""
 
     def __init__(self, mind: Mind, sessions: list[str], lr: float, channels: Tensor | None = None):
         """channels (S,): 1 for those that learn, 0 for the others; None: all."""
@@ -578,7 +675,8 @@ class FineTuning:
         for text in sessions:
             tokens = torch.tensor([mind.words.encode(text)])
             thought, known = mind.model(tokens), successors(tokens) >= 0
-            self.sessions.append((thought.at_read_tick(thought.hidden)[known], thought.key[known], successors(tokens)[known]))
+            self.sessions.append((thought.at_read_tick(thought.hidden)[known],
+                                  thought.key[known], successors(tokens)[known]))
         self.weight = torch.zeros(mind.ctm.c_proj.weight.shape, requires_grad=True)
         self.optimizer = torch.optim.AdamW([self.weight], lr=lr, weight_decay=0.0)
         self.tokens, self.passes = sum(len(k) for _, k, _ in self.sessions), 0
@@ -597,13 +695,15 @@ class FineTuning:
         return Plastic(self.weight.detach().clone())
 
     def flops(self) -> int:
-        """Each pass reads the sessions and goes back through the head alone: what lies below does not learn."""
+        """Each pass reads the sessions and goes back through the head alone:
+        what lies below does not learn."""
         f = flops_per_token(self.mind.model.backbone.config, self.mind.ctm.config, T)
         return self.passes * self.tokens * (f["trunk"] + f["block"] + 3 * f["head"])
 
 
 def fine_tune_figures(s: Sample) -> dict:
-    """One pass at the best of four learning rates, chosen for its recall on these very facts; and passes until 95 % are recalled.
+    """One pass at the best of four learning rates, chosen for its recall on these very facts;
+    and passes until 95 % are recalled.
 
     N = 1: ten models with a fact each, N = 10: three with ten, N = 100: one.
     """
@@ -627,59 +727,74 @@ def fine_tune_figures(s: Sample) -> dict:
             known = recall(longer)
             if known >= 0.95:
                 break
-        for name, (share, tuned) in (("fine_tune", max(once, key=lambda run: run[0])), ("fine_tune_to_95", (known, longer))):
-            found |= {f"{name}_{n}": share, f"{name}_{n}_text_nats": s.nats(tuned[0].plastic()), f"{name}_{n}_passes": float(tuned[0].passes),
+        for name, (share, tuned) in (("fine_tune", max(once, key=lambda run: run[0])),
+                                     ("fine_tune_to_95", (known, longer))):
+            found |= {f"{name}_{n}": share, f"{name}_{n}_text_nats": s.nats(tuned[0].plastic()),
+                      f"{name}_{n}_passes": float(tuned[0].passes),
                       f"{name}_{n}_flops": float(tuned[0].flops())}
     return found
 
 
 def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
-    """Reading the sessions once; then per factor 4 S^2 for P k and for P, 4 S D for W, and 2 S^3 once for the first P. The triangular
-    solves within a session, n (S + D) per factor, are left out: n is a tenth of S."""
+    """Reading the sessions once; then per factor 4 S^2 for P k and for P, 4 S D for W, and 2 S^3
+    once for the first P. The triangular solves within a session, n (S + D) per factor, are left
+    out: n is a tenth of S."""
     D, S = mind.ctm.c_proj.weight.shape
     f = flops_per_token(mind.model.backbone.config, mind.ctm.config, T)
-    return tokens * (f["trunk"] + f["block"] + f["head"]) + sum(len(f.keys) * (4 * S * S + 4 * S * D) for f in factors) + 2 * S ** 3
+    return (tokens * (f["trunk"] + f["block"] + f["head"])
+            + sum(len(f.keys) * (4 * S * S + 4 * S * D) for f in factors) + 2 * S ** 3)
 
 
 # -- ordinary text, the carry, the warm start, the price
 
 @torch.no_grad()
 def nats_after_cut(mind: Mind, tokens: Tensor, start: Tensor | None, skip: int = 0) -> float:
-    """Nats of tokens (B, T) read as sessions in a fresh context from the sync `start`, without the first `skip` positions."""
-    session, cache, found, at, following = SessionMemory(mind.model, len(tokens)), Cache(), [], 0, successors(tokens)
+    """Nats of tokens (B, T) read as sessions in a fresh context from the sync `start`,
+    without the first `skip` positions."""
+    session, cache, found, at, following = (
+        SessionMemory(mind.model, len(tokens)), Cache(), [], 0, successors(tokens))
     session.start(start)
     while at < tokens.shape[1]:
         part = slice(at, at + session.room())
         thought = mind.model(tokens[:, part], cache, m=session.m)
         session.observe(thought, following[:, part])
-        found.append(mind.model.score(thought.at_read_tick(thought.hidden), following[:, part].clamp(min=0))[1])
+        found.append(mind.model.score(thought.at_read_tick(thought.hidden),
+                                      following[:, part].clamp(min=0))[1])
         cache, at = thought.cache, part.stop
     return float(torch.cat(found, 1)[:, skip:-1].mean())
 
 
 def carry_figures(mind: Mind, tokens: Tensor, seen: int = 32) -> dict:
-    """The second half of each window after a cut of the context: sync carried over, dropped, or another row's.
+    """The second half of each window after a cut of the context:
+    sync carried over, dropped, or another row's.
 
-    Warm start: the first halves are the sessions remembered; the one most like a second half's first 32 tokens, as the store
-    would find it, or the one least like them, starts it; nats are counted after these 32.
+    Warm start: the first halves are the sessions remembered; the one most like a second half's
+    first 32 tokens, as the store would find it, or the one least like them, starts it; nats are
+    counted after these 32.
     """
     first, second = tokens.split(tokens.shape[1] // 2, 1)
     with torch.no_grad():
         m = read_session(mind.model, first)[0].m
-        told, asked = (torch.stack([about(mind.model, row) for row in rows]) for rows in (first, second[:, :seen]))
+        told, asked = (torch.stack([about(mind.model, row) for row in rows])
+                       for rows in (first, second[:, :seen]))
     near = torch.nn.functional.cosine_similarity(asked[:, None], told[None], dim=-1)
-    return {"carry_with": nats_after_cut(mind, second, m), "carry_without": nats_after_cut(mind, second, None),
-            "carry_shuffled": nats_after_cut(mind, second, m.roll(1, 0)), "warm_cold": nats_after_cut(mind, second, None, seen),
-            "warm_nearest": nats_after_cut(mind, second, m[near.argmax(1)], seen), "warm_wrong": nats_after_cut(mind, second, m[near.argmin(1)], seen)}
+    return {"carry_with": nats_after_cut(mind, second, m),
+            "carry_without": nats_after_cut(mind, second, None),
+            "carry_shuffled": nats_after_cut(mind, second, m.roll(1, 0)),
+            "warm_cold": nats_after_cut(mind, second, None, seen),
+            "warm_nearest": nats_after_cut(mind, second, m[near.argmax(1)], seen),
+            "warm_wrong": nats_after_cut(mind, second, m[near.argmin(1)], seen)}
 
 
 def write_cost(mind: Mind, texts: list[str]) -> float:
-    """CPU seconds of reading and writing sessions, one after the other into one memory, over those of reading them."""
+    """CPU seconds of reading and writing sessions, one after the other into one memory,
+    over those of reading them."""
     ids = [torch.tensor([mind.words.encode(t)]) for t in texts]
     def read(threshold: float | None) -> None:
         plastic = Plastic.blank(mind.ctm)
         for tokens in ids:
-            session = SessionMemory(mind.model, 1, threshold=1.1 if threshold is None else threshold)
+            session = SessionMemory(mind.model, 1,
+                                    threshold=1.1 if threshold is None else threshold)
             session.read(tokens, Cache())
             if threshold is not None:
                 plastic = compact_memory(mind.ctm, plastic, session.close()[0])
@@ -690,28 +805,42 @@ def write_cost(mind: Mind, texts: list[str]) -> float:
 def written_figures(s: Sample) -> dict:
     mind, whole = s.mind, s.whole
     return restart_figures(s) | {
-        "factors_per_fact": mean(len(f.keys) for f in s.factors) / 10, "text_nats_before": s.nats(None), "text_nats_after": s.nats(whole),
-        "output_change": output_change(mind.ctm, whole.weight), "weight_norm_ratio": norm_ratio(mind.ctm, whole.weight),
+        "factors_per_fact": mean(len(f.keys) for f in s.factors) / 10,
+        "text_nats_before": s.nats(None), "text_nats_after": s.nats(whole),
+        "output_change": output_change(mind.ctm, whole.weight),
+        "weight_norm_ratio": norm_ratio(mind.ctm, whole.weight),
         "write_flops": float(write_flops(mind, s.factors, sum(n for _, _, n in s.left)))}
 
 
-PARTS = {"restart": written_figures, "neighbours": lambda s: neighbour_figures(s.mind, s.world, sorted(data.RELATIONS)[s.seed % len(data.RELATIONS)]),
-         "order": lambda s: order_figures(s.mind, s.world, s.facts, s.factors), "capacity": lambda s: capacity_figures(s.mind, s.world),
+PARTS = {"restart": written_figures,
+         "neighbours": lambda s: neighbour_figures(
+             s.mind, s.world, sorted(data.RELATIONS)[s.seed % len(data.RELATIONS)]),
+         "order": lambda s: order_figures(s.mind, s.world, s.facts, s.factors),
+         "capacity": lambda s: capacity_figures(s.mind, s.world),
          "arms": lambda s: arm_figures(s), "fine_tune": lambda s: fine_tune_figures(s),
-         "carry": lambda s: carry_figures(s.mind, s.windows) | {"write_cost_ratio": write_cost(s.mind, s.texts[10]), "untrained_100": untrained_recall(s)}}
+         "carry": lambda s: carry_figures(s.mind, s.windows) | {
+             "write_cost_ratio": write_cost(s.mind, s.texts[10]),
+             "untrained_100": untrained_recall(s)}}
 SAMPLE_SETTINGS = ("base", "graft", "thinking", "tokenizer", "seeds", "rows", "T")
 
 
 def measured(parts: dict) -> dict[str, list[float]]:
-    """Every figure of the parts, as a list over seeds. With --full each part is kept as it ends, so that an interrupted run goes on."""
+    """Every figure of the parts, as a list over seeds. With --full each part is kept as it ends,
+    so that an interrupted run goes on."""
     settings = {k: globals()[k] for k in SAMPLE_SETTINGS}
-    made_of = [Path(__file__).with_name(f"{name}.py") for name in ("bench", "data", "memory", "model")] + [Path(graft), Path(thinking)]
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in made_of) + json.dumps(settings).encode()).hexdigest()[:12]
+    made_of = [Path(__file__).with_name(f"{name}.py")
+               for name in ("bench", "data", "memory", "model")] + [Path(graft), Path(thinking)]
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in made_of)
+                            + json.dumps(settings).encode()).hexdigest()[:12]
     kept = Path("out/bench_memory") / digest
     files = {(name, seed): kept / f"{name}-{seed}.json" for name in parts for seed in range(seeds)}
-    found = {task: json.loads(file.read_text()) if full and file.exists() else None for task, file in files.items()}
-    with one_process_each(len(found)) as pool, tqdm(total=len(found), initial=sum(x is not None for x in found.values()), unit="part") as bar:
-        runs = {pool.submit(part_of, *task, settings): task for task, x in found.items() if x is None}
+    found = {task: json.loads(file.read_text()) if full and file.exists() else None
+             for task, file in files.items()}
+    with (one_process_each(len(found)) as pool,
+          tqdm(total=len(found), initial=sum(x is not None for x in found.values()),
+               unit="part") as bar):
+        runs = {pool.submit(part_of, *task, settings): task
+                for task, x in found.items() if x is None}
         for run in as_completed(runs):
             task = runs[run]
             found[task] = run.result()
@@ -722,7 +851,8 @@ def measured(parts: dict) -> dict[str, list[float]]:
                 fresh = files[task].with_suffix(".new")
                 fresh.write_text(json.dumps(found[task]))
                 fresh.replace(files[task])
-    return {k: [found[name, seed][k] for seed in range(seeds)] for name in parts for k in found[name, 0]}
+    return {k: [found[name, seed][k] for seed in range(seeds)]
+            for name in parts for k in found[name, 0]}
 
 
 def part_of(name: str, seed: int, settings: dict) -> dict:
@@ -732,8 +862,9 @@ def part_of(name: str, seed: int, settings: dict) -> dict:
 
 
 def untrained_recall(s: Sample) -> float:
-    """The same 100 facts written into the block as phase 2 left it, which nothing taught salience, strength or Sigma: every token
-    counts, at the trained block's strength, and Sigma is measured on training text."""
+    """The same 100 facts written into the block as phase 2 left it, which nothing taught salience,
+    strength or Sigma: every token counts, at the trained block's strength, and Sigma is measured on
+    training text."""
     before = Mind(thinking, threshold=0.0, budget=1000, expected=0.0)
     before.ctm.log_eta.data.copy_(s.mind.ctm.log_eta + math.log(2))   # its salience is one half
     keys = before.model(before.ctm.ordinary).key.flatten(0, 1)
@@ -743,33 +874,46 @@ def untrained_recall(s: Sample) -> float:
 
 def memory() -> dict:
     if picture and not importlib.util.find_spec("matplotlib"):
-        raise ValueError("--picture expected the optional package matplotlib, found none: pip install matplotlib")
+        raise ValueError("--picture expected the optional package matplotlib, found none: "
+                         "pip install matplotlib")
     found = {k: spread(xs) for k, xs in measured(PARTS | (FULL_PARTS if full else {})).items()}
     v = {k: x["mean"] for k, x in found.items()}
     print(f"{'figure':28s} {'mean':>12s} {'sd':>8s}   95 % interval of a share of {100 * seeds}")
     for name, x in found.items():
-        asked_of_all = name.endswith(("direct", "paraphrase", "near_miss", "anybodys")) or name in ("retention", "changed", "old", "negation", "own_guess")
-        inside = " .. ".join(f"{b:.3f}" for b in wilson(x["mean"], 100 * seeds)) if asked_of_all else ""
+        asked_of_all = (name.endswith(("direct", "paraphrase", "near_miss", "anybodys"))
+                        or name in ("retention", "changed", "old", "negation", "own_guess"))
+        inside = (" .. ".join(f"{b:.3f}" for b in wilson(x["mean"], 100 * seeds))
+                  if asked_of_all else "")
         print(f"{name:28s} {x['mean']:12.4f} {x['sd']:8.4f}   {inside}")
     if picture:
         draw(found, picture)
     if picture and full:
         draw_damage(found, picture)
-    cells = {"direct": "direct", "paraphrase": "paraphrase", "neighbour_drop": "neighbour_drop", "near_miss_false": "near_miss", "near_miss_anybodys": "anybodys"}
-    recall = {n: {cell: v[f"{n}_{name}"] for cell, name in cells.items()} for n in ("1", "10", "100")}
-    arms = {name: {k[len(name) + 1:]: x for k, x in v.items() if k.startswith(name + "_") and (name != "fine_tune" or "_to_95" not in k)}
-            for name in ("off", "in_context", "random", "deranged", "fine_tune", "fine_tune_to_95", "untrained")}
-    arms["in_context"]["100"] = None                                # does not fit into the tiny model's context
+    cells = {"direct": "direct", "paraphrase": "paraphrase", "neighbour_drop": "neighbour_drop",
+             "near_miss_false": "near_miss", "near_miss_anybodys": "anybodys"}
+    recall = {n: {cell: v[f"{n}_{name}"] for cell, name in cells.items()}
+              for n in ("1", "10", "100")}
+    arms = {name: {k[len(name) + 1:]: x for k, x in v.items()
+                   if k.startswith(name + "_") and (name != "fine_tune" or "_to_95" not in k)}
+            for name in ("off", "in_context", "random", "deranged", "fine_tune", "fine_tune_to_95",
+                         "untrained")}
+    arms["in_context"]["100"] = None                                # too many for the tiny context
     more = full_figures(found) if full else {}
-    return more | {"recall": recall, "capacity": {k[9:]: x for k, x in v.items() if k.startswith("capacity_")}, "changed_fact": v["changed"],
-            "old_fact": v["old"], "negation_false": v["negation"], "own_guess_recalled": v["own_guess"],
-            "retention_first_of_10_sessions": v["retention"], "arms": arms | more.get("arms", {}), "text_nats_before": v["text_nats_before"],
-            "text_nats_after": v["text_nats_after"], "output_change": v["output_change"], "weight_norm_ratio": v["weight_norm_ratio"],
-            "carry": {k: v[f"carry_{k[5:]}"] for k in ("nats_with", "nats_without", "nats_shuffled")},
-            "warm_start": {k: v[f"warm_{k[5:]}"] for k in ("nats_nearest", "nats_cold", "nats_wrong")},
-            "write_cost_ratio": v["write_cost_ratio"], "write_flops": v["write_flops"], "factors_per_fact": v["factors_per_fact"],
-            "S": load_graft(base, Path(graft)).ctm.config.sync, "questions": 100 * seeds,
-            "text_sha256": HeldOut(data.Tokenizer(tokenizer)).sha256, "sd": {k: x["sd"] for k, x in found.items()}}
+    return more | {
+        "recall": recall,
+        "capacity": {k[9:]: x for k, x in v.items() if k.startswith("capacity_")},
+        "changed_fact": v["changed"], "old_fact": v["old"], "negation_false": v["negation"],
+        "own_guess_recalled": v["own_guess"], "retention_first_of_10_sessions": v["retention"],
+        "arms": arms | more.get("arms", {}), "text_nats_before": v["text_nats_before"],
+        "text_nats_after": v["text_nats_after"], "output_change": v["output_change"],
+        "weight_norm_ratio": v["weight_norm_ratio"],
+        "carry": {k: v[f"carry_{k[5:]}"] for k in ("nats_with", "nats_without", "nats_shuffled")},
+        "warm_start": {k: v[f"warm_{k[5:]}"] for k in ("nats_nearest", "nats_cold", "nats_wrong")},
+        "write_cost_ratio": v["write_cost_ratio"], "write_flops": v["write_flops"],
+        "factors_per_fact": v["factors_per_fact"],
+        "S": load_graft(base, Path(graft)).ctm.config.sync, "questions": 100 * seeds,
+        "text_sha256": HeldOut(data.Tokenizer(tokenizer)).sha256,
+        "sd": {k: x["sd"] for k, x in found.items()}}
 
 
 # -----------------------------------------------------------------------------
