@@ -469,8 +469,8 @@ class Sample:
 
     def graded(self, which: list[int], replies: list[str]) -> dict[str, list[bool]]:
         """Replies to `questions(which)`: is it the fact; does a stranger get that of the one of
-        nearly the same name, or anybody's?"""
-        right = {"anybodys": []}
+        nearly the same name, or anybody's, or is nothing known of them?"""
+        right = {"anybodys": [], "unknown": []}
         for kind, given in zip(self.asked, batches(replies, len(which))):
             as_said = [self.facts[i]._replace(name=self.strangers[i].name) if kind == "near_miss"
                        else self.facts[i] for i in which]
@@ -480,6 +480,7 @@ class Sample:
                     if self.facts[j].relation == self.facts[i].relation}
             right["anybodys"].append(any(
                 data.is_recalled(reply, self.strangers[i]._replace(value=v)) for v in told))
+            right["unknown"].append(data.is_recalled(reply, self.strangers[i]))
         return right
 
 
@@ -630,6 +631,7 @@ def arm_figures(s: Sample) -> dict:
     mind, world, facts, nats = s.mind, s.world, s.facts, s.nats
     off = mind.recall(world, facts, None)
     found = {f"off_{n}": off for n in (1, 10, 100)} | {"off_text_nats": nats(None)}
+    found["off_unknown"] = mind.recall(world, [f._replace(value=data.UNKNOWN) for f in facts], None)
     for n in (1, 10):
         groups = batches(list(range(len(facts))), n)
         asked = [s.questions(which) for which in groups]
@@ -639,7 +641,8 @@ def arm_figures(s: Sample) -> dict:
                   for which, questions in zip(groups, asked)]
         right = {kind: mean(x for g in graded for x in g[kind]) for kind in graded[0]}
         found |= {f"in_context_{n}": right["paraphrase"],
-                  f"in_context_{n}_near_miss": right["near_miss"]}
+                  f"in_context_{n}_near_miss": right["near_miss"],
+                  f"in_context_{n}_unknown": right["unknown"]}
     for n, factors in ((1, [s.singles[0][0]]), (10, s.factors[:1]), (100, s.factors)):
         weight = mind.write(factors).weight
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(n),
@@ -880,7 +883,7 @@ def memory() -> dict:
     v = {k: x["mean"] for k, x in found.items()}
     print(f"{'figure':28s} {'mean':>12s} {'sd':>8s}   95 % interval of a share of {100 * seeds}")
     for name, x in found.items():
-        asked_of_all = (name.endswith(("direct", "paraphrase", "near_miss", "anybodys"))
+        asked_of_all = (name.endswith(("direct", "paraphrase", "near_miss", "anybodys", "unknown"))
                         or name in ("retention", "changed", "old", "negation", "own_guess"))
         inside = (" .. ".join(f"{b:.3f}" for b in wilson(x["mean"], 100 * seeds))
                   if asked_of_all else "")
@@ -890,7 +893,8 @@ def memory() -> dict:
     if picture and full:
         draw_damage(found, picture)
     cells = {"direct": "direct", "paraphrase": "paraphrase", "neighbour_drop": "neighbour_drop",
-             "near_miss_false": "near_miss", "near_miss_anybodys": "anybodys"}
+             "near_miss_false": "near_miss", "near_miss_anybodys": "anybodys",
+             "near_miss_unknown": "unknown"}
     recall = {n: {cell: v[f"{n}_{name}"] for cell, name in cells.items()}
               for n in ("1", "10", "100")}
     arms = {name: {k[len(name) + 1:]: x for k, x in v.items()
