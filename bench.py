@@ -1,16 +1,12 @@
 """Every number that the README claims, measured again.
 
     python bench.py quality             # the tiny weights, about a minute
-    python bench.py quality --full      # and the question "depth or thinking time?",
-                                          trained on the spot (half an hour)
-    python bench.py memory              # recall from weights after a restart,
-                                          against other ways, nine minutes
-    python bench.py memory --full       # and fair opponents, ablations, two hops, MQAR;
-                                          kept part by part, goes on where it was interrupted
-    python bench.py endurance           # the store under fire:
-                                          kills, flipped bytes, lies, full disks, ten minutes
-    python bench.py card                # after `make tiny`:
-                                          copy what was trained into weights/, with its card
+    python bench.py quality --full      # and "depth or thinking time?", half an hour
+    python bench.py memory              # recall after a restart, against other ways, nine minutes
+    python bench.py memory --full       # and fair opponents, ablations, two hops, MQAR; kept part
+                                        # by part, goes on where it was interrupted
+    python bench.py endurance           # the store under fire: kills, flips, lies, ten minutes
+    python bench.py card                # after `make tiny`: what was trained, into weights/
 
 A table for people, and as the last line of standard output one JSON object with every figure, its
 seeds, the commit, the hardware and the sha256 of its text. All text and all people are held out. No
@@ -924,7 +920,8 @@ def memory() -> dict:
 # memory --full: opponents that may change any weight, on the same facts
 
 class Taught(NamedTuple):
-    """What a way of learning leaves: a tensor beside c_proj, changes of the model's own weights, or text to put before a question."""
+    """What a way of learning leaves: a tensor beside c_proj, changes of the model's own weights, or
+    text to put before a question."""
     plastic: Plastic | None = None
     change: dict[str, Tensor] = {}
     before: list[str] | None = None
@@ -946,10 +943,11 @@ def changed(model: NanoCTM, change: dict[str, Tensor]):
 
 
 def opponent_figures(s: Sample, name: str, learn, sweep: tuple = (None,)) -> dict:
-    """learn(s, which facts, setting) -> Taught; the setting that recalls most of these very facts is the one reported.
+    """learn(s, which facts, setting) -> Taught; the setting that recalls most of these very facts
+    is the one reported.
 
-    N = 1: ten models with a fact each, N = 10: three with ten, N = 100: one. Neighbour drop: what the thirty people of N = 10
-    lose at N = 100.
+    N = 1: ten models with a fact each, N = 10: three with ten, N = 100: one. Neighbour drop: what
+    the thirty people of N = 10 lose at N = 100.
     """
     found, known = {}, {}
     for n, models in ((1, 10), (10, 3), (100, 1)):
@@ -959,46 +957,59 @@ def opponent_figures(s: Sample, name: str, learn, sweep: tuple = (None,)) -> dic
             for which in groups:
                 taught = learn(s, which, setting)
                 with changed(s.mind.model, taught.change):
-                    graded.append(s.graded(which, s.mind.ask(s.questions(which), taught.plastic, taught.before)))
-                    if len(nats) < 1:                               # of the first model: each costs a reading of the text
-                        text = OrdinaryText(s.mind.model, s.windows[:8]) if taught.change else s.ordinary
+                    graded.append(s.graded(which,
+                        s.mind.ask(s.questions(which), taught.plastic, taught.before)))
+                    if len(nats) < 1:  # of the first model: each costs a reading of the text
+                        text = (OrdinaryText(s.mind.model, s.windows[:8]) if taught.change
+                                else s.ordinary)
                         nats.append(text.nats(taught.plastic and taught.plastic.weight))
                 flops.append(taught.flops)
             right = {kind: [x for g in graded for x in g[kind]] for kind in graded[0]}
             tried.append((mean(right["paraphrase"]), right, nats[0], mean(flops)))
         _, right, nats, flops = max(tried, key=lambda t: t[0])
         known[n] = right["paraphrase"]
-        found |= {f"{name}_{n}_{kind}": mean(x) for kind, x in right.items()} | {f"{name}_{n}_text_nats": nats, f"{name}_{n}_flops": float(flops)}
+        found |= {f"{name}_{n}_{kind}": mean(x) for kind, x in right.items()}
+        found |= {f"{name}_{n}_text_nats": nats, f"{name}_{n}_flops": float(flops)}
     return found | {f"{name}_neighbour_drop": mean(known[10]) - mean(known[100][:30])}
 
 
 def by_writing(s: Sample, which: list[int], _) -> Taught:
     """Our own way, as the others are measured."""
-    left = [s.singles[i] for i in which] if len(which) == 1 else s.left[which[0] // 10:which[-1] // 10 + 1]
-    return Taught(s.mind.write([f for f, _, _ in left]), flops=float(write_flops(s.mind, [f for f, _, _ in left], sum(n for _, _, n in left))))
+    left = ([s.singles[i] for i in which] if len(which) == 1
+            else s.left[which[0] // 10:which[-1] // 10 + 1])
+    return Taught(s.mind.write([f for f, _, _ in left]),
+        flops=float(write_flops(s.mind, [f for f, _, _ in left], sum(n for _, _, n in left))))
 
 
 def told_to(s: Sample, which: list[int]) -> list[str]:
     """The sessions in which these facts were told."""
-    return [s.texts[1][i] for i in which] if len(which) == 1 else s.texts[10][which[0] // 10:which[-1] // 10 + 1]
+    return ([s.texts[1][i] for i in which] if len(which) == 1
+            else s.texts[10][which[0] // 10:which[-1] // 10 + 1])
 
 
 def by_retrieval(s: Sample, which: list[int], most: int) -> Taught:
-    """The statements nearest to the question by mean token embedding, put before it; each was told in a session of its own."""
+    """The statements nearest to the question by mean token embedding, put before it; each was told
+    in a session of its own."""
     def embedded(texts: list[str]) -> Tensor:
-        return torch.stack([about(s.mind.model, torch.tensor(s.mind.words.encode(t))) for t in texts])
+        return torch.stack([about(s.mind.model, torch.tensor(s.mind.words.encode(t)))
+                            for t in texts])
     told = [s.texts[1][i] for i in which]
-    near = torch.nn.functional.cosine_similarity(embedded(s.questions(which))[:, None], embedded(told)[None], dim=-1)
-    before = ["".join(told[i] for i in row.topk(min(most, len(told))).indices.flip(0)) for row in near]
+    near = torch.nn.functional.cosine_similarity(embedded(s.questions(which))[:, None],
+                                                 embedded(told)[None], dim=-1)
+    before = ["".join(told[i] for i in row.topk(min(most, len(told))).indices.flip(0))
+              for row in near]
     more = mean(len(s.mind.words.encode(b)) for b in before)
     f = flops_per_token(s.mind.model.backbone.config, s.mind.ctm.config, T)
-    return Taught(before=before, flops=more * (f["trunk"] + f["block"]))        # for each question, again and again
+    # for each question, again and again
+    return Taught(before=before, flops=more * (f["trunk"] + f["block"]))
 
 
 def by_fine_tuning(passes: int, share: float = 1.0):
-    """AdamW on the tensor that the memory is written beside, all of it or the rows that these sessions use most."""
+    """AdamW on the tensor that the memory is written beside, all of it or the rows that these
+    sessions use most."""
     def learn(s: Sample, which: list[int], lr: float) -> Taught:
-        tuned = FineTuning(s.mind, told_to(s, which), lr, most_used(s, told_to(s, which), share) if share < 1 else None)
+        tuned = FineTuning(s.mind, told_to(s, which), lr,
+                           most_used(s, told_to(s, which), share) if share < 1 else None)
         for _ in range(passes):
             tuned.one_pass()
         return Taught(tuned.plastic(), flops=float(tuned.flops()))
@@ -1006,83 +1017,103 @@ def by_fine_tuning(passes: int, share: float = 1.0):
 
 
 def most_used(s: Sample, texts: list[str], share: float) -> Tensor:
-    """(S,) 1 for the share of channels whose power in these sessions most exceeds that on ordinary text (as TF-IDF), else 0."""
+    """(S,) 1 for the share of channels whose power in these sessions most exceeds that on ordinary
+    text (as TF-IDF), else 0."""
     keys = torch.cat([s.mind.model(torch.tensor([s.mind.words.encode(t)])).key[0] for t in texts])
     use = keys.pow(2).mean(0) / s.mind.ctm.key_moment.diagonal().clamp(min=1e-9)
     return (use >= use.quantile(1 - share)).float()
 
 
 def by_lora(passes: int, rank: int = 8):
-    """LoRA (arXiv:2106.09685) on every matrix of the trunk and on c_proj, AdamW, a step per session, all its tokens at the tick read."""
+    """LoRA (arXiv:2106.09685) on every matrix of the trunk and on c_proj, AdamW, a step per
+    session, all its tokens at the tick read."""
     def learn(s: Sample, which: list[int], lr: float) -> Taught:
-        model, unused = s.mind.model, f"layers.{s.mind.model.backbone.config.num_hidden_layers - 1}.mlp"
-        weights = {n: p for n, p in model.named_parameters() if n.endswith("_proj.weight") and (n.startswith("backbone.") or "c_proj" in n) and unused not in n}
+        model = s.mind.model
+        unused = f"layers.{model.backbone.config.num_hidden_layers - 1}.mlp"
+        weights = {n: p for n, p in model.named_parameters() if n.endswith("_proj.weight")
+                   and (n.startswith("backbone.") or "c_proj" in n) and unused not in n}
         chance = torch.Generator().manual_seed(which[0])
-        down = {n: torch.randn(rank, p.shape[1], generator=chance).div(math.sqrt(p.shape[1])).requires_grad_() for n, p in weights.items()}
+        down = {n: torch.randn(rank, p.shape[1], generator=chance) / math.sqrt(p.shape[1])
+                for n, p in weights.items()}
+        for matrix in down.values():
+            matrix.requires_grad_()
         up = {n: torch.zeros(len(p), rank, requires_grad=True) for n, p in weights.items()}
         optimizer = torch.optim.AdamW([*down.values(), *up.values()], lr=lr, weight_decay=0.0)
         sessions = [torch.tensor([s.mind.words.encode(t)]) for t in told_to(s, which)]
         for _ in range(passes):
             for tokens in sessions:
-                thought = torch.func.functional_call(model, {n: p + up[n] @ down[n] for n, p in weights.items()}, (tokens,))
-                nats = torch.nn.functional.cross_entropy(model.head(thought.at_read_tick(thought.hidden)[0, :-1]), tokens[0, 1:])
+                thought = torch.func.functional_call(model,
+                    {n: p + up[n] @ down[n] for n, p in weights.items()}, (tokens,))
+                nats = torch.nn.functional.cross_entropy(
+                    model.head(thought.at_read_tick(thought.hidden)[0, :-1]), tokens[0, 1:])
                 nats.backward()
                 optimizer.step()
                 optimizer.zero_grad()
         f = flops_per_token(model.backbone.config, s.mind.ctm.config, T)
-        flops = passes * sum(t.numel() for t in sessions) * 3 * (f["trunk"] + f["block"] + f["head"])
+        flops = (passes * sum(t.numel() for t in sessions) * 3
+                 * (f["trunk"] + f["block"] + f["head"]))
         return Taught(change={n: (up[n] @ down[n]).detach() for n in weights}, flops=float(flops))
     return learn
 
 
 class Edits:
-    """What a closed-form edit of a middle layer's down_proj needs of each fact (after MEMIT, arXiv:2210.07229): the keys that its
-    subject has there, and what to add to the layer's output so that the answer follows. All facts at once: none depends on another.
+    """What a closed-form edit of a middle layer's down_proj needs of each fact (after MEMIT,
+    arXiv:2210.07229): the keys that its subject has there, and what to add to the layer's output so
+    that the answer follows. All facts at once: none depends on another.
 
-    The prompts are questions in three of training's wordings with their answers, the subject the name in both: more than a
-    telling gives the other ways.
+    The prompts are questions in three of training's wordings with their answers, the subject the
+    name in both: more than a telling gives the other ways.
     """
 
     STEPS, WORDINGS = 40, 3
 
     def __init__(self, s: Sample):
         model, words = s.mind.model, s.mind.words
-        self.name = f"backbone.layers.{(model.backbone.config.num_hidden_layers - 1) // 2}.mlp.down_proj"
+        middle = (model.backbone.config.num_hidden_layers - 1) // 2
+        self.name = f"backbone.layers.{middle}.mlp.down_proj"
         layer, rows, subject, due = model.get_submodule(self.name), [], [], []
         for fact in s.facts:
             for _ in range(self.WORDINGS):
                 asked, said_of = data.user_turn(s.world.ask(fact)), data.answer(fact)
                 said = words.encode(said_of + data.TURN_END)
                 rows.append(words.encode(asked) + said)
-                subject.append([len(words.encode(text[:text.rindex(fact.name) + len(fact.name)])) - 1 for text in (asked, asked + said_of)])
+                subject.append([
+                    len(words.encode(text[:text.rindex(fact.name) + len(fact.name)])) - 1
+                    for text in (asked, asked + said_of)])
                 due.append(len(said))
-        tokens, at = torch.from_numpy(data.padded(rows, -1)), torch.tensor(subject)                # (rows, 2)
+        tokens, at = torch.from_numpy(data.padded(rows, -1)), torch.tensor(subject)  # (rows, 2)
         row, targets = torch.arange(len(tokens))[:, None], successors(tokens)
         answers = torch.zeros_like(tokens, dtype=torch.bool)
         for i, (ids, n) in enumerate(zip(rows, due)):
             answers[i, len(ids) - n - 1:len(ids) - 1] = True
-        where = (answers.float() + torch.rand(answers.shape) / 2).topk(int(answers.sum(1).max()), 1).indices.sort(1).values
+        ranked = (answers.float() + torch.rand(answers.shape) / 2).topk(int(answers.sum(1).max()))
+        where = ranked.indices.sort(1).values
         learned = answers.gather(1, where)
         inputs: list[Tensor] = []
         added = torch.zeros(len(s.facts), model.backbone.config.hidden_size, requires_grad=True)
 
         def steer(_, given: tuple, out: Tensor) -> Tensor:
             inputs[:] = [given[0][row, at].detach()]
-            return out.index_put((row, at), added.repeat_interleave(self.WORDINGS, 0)[:, None], accumulate=True)
+            return out.index_put((row, at), added.repeat_interleave(self.WORDINGS, 0)[:, None],
+                                 accumulate=True)
         handle, optimizer = layer.register_forward_hook(steer), torch.optim.Adam([added], lr=1.0)
         for _ in range(self.STEPS):
             thought = model(tokens, where=where)
             hidden = thought.at_read_tick(thought.hidden)[learned]
-            nats = torch.nn.functional.cross_entropy(model.head(hidden), targets.gather(1, where)[learned])
+            nats = torch.nn.functional.cross_entropy(model.head(hidden),
+                                                     targets.gather(1, where)[learned])
             (nats + 1e-5 * added.pow(2).sum(1).mean()).backward()
             optimizer.step()
             optimizer.zero_grad()
         self.flops = 3 * self.STEPS * tokens.numel() / len(s.facts) * sum(
-            flops_per_token(model.backbone.config, s.mind.ctm.config, tokens.shape[1])[part] for part in ("trunk", "block"))
-        self.keys = inputs[0].view(len(s.facts), 2 * self.WORDINGS, -1).mean(1)                    # (facts, D_int)
+            flops_per_token(model.backbone.config, s.mind.ctm.config, tokens.shape[1])[part]
+            for part in ("trunk", "block"))
+        self.keys = inputs[0].view(len(s.facts), 2 * self.WORDINGS, -1).mean(1)  # (facts, D_int)
         self.values = added.detach()                                # (facts, D)
         handle.remove()
-        handle, seen = layer.register_forward_hook(lambda _, given, out: seen.append(given[0].flatten(0, 1))), []
+        seen = []
+        handle = layer.register_forward_hook(
+            lambda _, given, out: seen.append(given[0].flatten(0, 1)))
         model.trunk(model.ctm.ordinary)
         handle.remove()
         self.common = seen[0].T @ seen[0] / len(seen[0])            # second moment on ordinary text
@@ -1092,19 +1123,24 @@ def by_editing(s: Sample, which: list[int], weight: float) -> Taught:
     """W <- W + V' K (weight C + K' K)^-1, in closed form."""
     s.edits = getattr(s, "edits", None) or Edits(s)
     keys, values = s.edits.keys[which], s.edits.values[which]
-    change = torch.linalg.solve((weight * s.edits.common + keys.T @ keys + 1e-6 * torch.eye(keys.shape[1])).double(), (keys.T @ values).double())
-    return Taught(change={f"{s.edits.name}.weight": change.T.float()}, flops=s.edits.flops * len(which))
+    change = torch.linalg.solve(
+        (weight * s.edits.common + keys.T @ keys + 1e-6 * torch.eye(keys.shape[1])).double(),
+        (keys.T @ values).double())
+    return Taught(change={f"{s.edits.name}.weight": change.T.float()},
+                  flops=s.edits.flops * len(which))
 
 
 # -----------------------------------------------------------------------------
 # memory --full: what carries the memory, and what is decoration
 
 def ablation_figures(s: Sample) -> dict:
-    """A hundred facts with one ingredient of the write taken away, or put in: recall in other words, and what it does to text."""
+    """A hundred facts with one ingredient of the write taken away, or put in: recall in other
+    words, and what it does to text."""
     mind, found = s.mind, {}
     base_nats = s.nats(None)
 
-    def note(name: str, plastic: Plastic, who: Mind = mind, ordinary: OrdinaryText = s.ordinary, before: float = base_nats) -> None:
+    def note(name: str, plastic: Plastic, who: Mind = mind, ordinary: OrdinaryText = s.ordinary,
+             before: float = base_nats) -> None:
         said = who.ask(s.asked["paraphrase"], plastic)
         found[f"ablation_{name}"] = mean(map(data.is_recalled, said, s.facts))
         found[f"ablation_{name}_text"] = ordinary.nats(plastic.weight) / before
@@ -1115,17 +1151,25 @@ def ablation_figures(s: Sample) -> dict:
             plastic = compact_memory(mind.ctm, plastic, f, rule)
         return plastic
     note("nothing", s.whole)
-    for name, rule in {"no protection of text": WriteRule(n0=0.0), "no protection of what is due": WriteRule(n_due=0.0),
-                       "no protection of the past": WriteRule(fade=0.0), "no delta": WriteRule(delta=False), "no projection": WriteRule(project=False),
-                       "neither": WriteRule(delta=False, project=False), "weight norm at most 1 %": WriteRule(norm_cap=0.01)}.items():
+    for name, rule in {"no protection of text": WriteRule(n0=0.0),
+                       "no protection of what is due": WriteRule(n_due=0.0),
+                       "no protection of the past": WriteRule(fade=0.0),
+                       "no delta": WriteRule(delta=False),
+                       "no projection": WriteRule(project=False),
+                       "neither": WriteRule(delta=False, project=False),
+                       "weight norm at most 1 %": WriteRule(norm_cap=0.01)}.items():
         note(name, under(rule, s.factors))
     loud = [f._replace(values=f.values / f.dopamine[:, None]) for f in s.factors]
     note("no dopamine", mind.write(loud))
-    note("no weight of salience", mind.write([f._replace(values=f.values / f.salience[:, None]) for f in s.factors]))
+    note("no weight of salience",
+         mind.write([f._replace(values=f.values / f.salience[:, None]) for f in s.factors]))
     note("no threshold of surprise", mind.write(Mind(expected=0.0).factors(s.texts[10])))
-    note("every token eligible", mind.write(Mind(threshold=0.0, expected=0.0, budget=1000).factors(s.texts[10])))
-    gated = [f._replace(keys=f.keys * (f.keys.abs() > f.keys.abs().median(1, keepdim=True).values)) for f in s.factors]
-    note("novelty gate", mind.write([f._replace(keys=torch.nn.functional.normalize(f.keys, dim=1)) for f in gated]))
+    note("every token eligible",
+         mind.write(Mind(threshold=0.0, expected=0.0, budget=1000).factors(s.texts[10])))
+    gated = [f._replace(keys=f.keys * (f.keys.abs() > f.keys.abs().median(1, keepdim=True).values))
+             for f in s.factors]
+    note("novelty gate",
+         mind.write([f._replace(keys=torch.nn.functional.normalize(f.keys, dim=1)) for f in gated]))
     half = torch.arange(mind.ctm.config.sync) % 2
     note("half of S", under(WriteRule(), [f._replace(keys=f.keys * half) for f in s.factors]))
     for k in (1, 2, 4):
@@ -1133,20 +1177,23 @@ def ablation_figures(s: Sample) -> dict:
         few.ctm.config = replace(few.ctm.config, ticks=k)
         text = OrdinaryText(few.model, s.windows[:8])
         note(f"K={k}", few.write(few.factors(s.texts[10])), few, text, text.nats(None))
-    for name, cap in (("synapse layer too, 1 % of its norm", 0.01), ("synapse layer too, 10 %", 0.1)):
+    for name, cap in (("synapse layer too, 1 % of its norm", 0.01),
+                      ("synapse layer too, 10 %", 0.1)):
         with changed(mind.model, synapse_change(s, cap)):
             text = OrdinaryText(mind.model, s.windows[:8])
             note(name, s.whole, mind, text, base_nats)
     bare = Mind()
-    bare.ctm.baseline.zero_()                                       # what the block reads moves as well: nothing here was trained without it
+    # what the block reads moves as well: nothing here was trained without it
+    bare.ctm.baseline.zero_()
     text = OrdinaryText(bare.model, s.windows[:8])
     note("no baseline", bare.write(bare.factors(s.texts[10])), bare, text, base_nats)
     return found
 
 
 def synapse_change(s: Sample, cap: float) -> dict[str, Tensor]:
-    """What the salient tokens would write into the last synapse layer: dopamine x (z - mean z) (pre - mean pre)' at the read tick,
-    the means those of ordinary text, the sum scaled to `cap` of the layer's norm. Keys move with it, so that nothing is exact any more.
+    """What the salient tokens would write into the last synapse layer: dopamine x (z - mean z) (pre
+    - mean pre)' at the read tick, the means those of ordinary text, the sum scaled to `cap` of the
+    layer's norm. Keys move with it, so that nothing is exact any more.
     """
     model, ctm = s.mind.model, s.mind.ctm
     last = f"ctm.synapse.up.{len(ctm.synapse.up) - 1}"
@@ -1154,8 +1201,11 @@ def synapse_change(s: Sample, cap: float) -> dict[str, Tensor]:
     def lived(tokens: Tensor) -> tuple[Thought, Tensor, Tensor]:
         """-> the thought, and pre (B, T, in) and z (B, T, D) at its read ticks."""
         pre, post = [], []
-        handles = [model.get_submodule(last).register_forward_hook(lambda _, given, out: pre.append(given[0])),
-                   ctm.nlm.register_forward_hook(lambda _, given, out: post.append(out.T.unflatten(0, tokens.shape)))]
+        handles = [
+            model.get_submodule(last).register_forward_hook(
+                lambda _, given, out: pre.append(given[0])),
+            ctm.nlm.register_forward_hook(
+                lambda _, given, out: post.append(out.T.unflatten(0, tokens.shape)))]
         thought = model(tokens)
         for handle in handles:
             handle.remove()
@@ -1167,46 +1217,55 @@ def synapse_change(s: Sample, cap: float) -> dict[str, Tensor]:
         thought, pre, post = lived(torch.tensor([s.mind.words.encode(text)]))
         told = salience(ctm, thought.key[0, :-1]) > 0.5
         reward = dopamine(thought.nats[0, :-1], ctm.mean_surprise)[told]
-        total += ((post[0, :-1][told] - mean_post) * reward[:, None]).T @ (pre[0, :-1][told] - mean_pre)
+        total += (((post[0, :-1][told] - mean_post) * reward[:, None]).T
+                  @ (pre[0, :-1][told] - mean_pre))
     return {f"{last}.weight": total * cap * model.get_submodule(last).weight.norm() / total.norm()}
 
 
 # -----------------------------------------------------------------------------
 # memory --full: two hops and denials
 
-DESCRIBED = {"home": "the one who lives in {v}", "job": "the {v}", "pet": "the one who keeps a {v}", "food": "the one who likes to eat {v}",
+DESCRIBED = {"home": "the one who lives in {v}", "job": "the {v}",
+             "pet": "the one who keeps a {v}", "food": "the one who likes to eat {v}",
              "instrument": "the one who plays the {v}", "hobby": "the one who enjoys {v}"}
 
 
 def hop_figures(s: Sample, people: int = 8, groups: int = 12) -> dict:
-    """Two facts each of a few people, told in one session or in two; the second is asked of whoever the first is true of.
+    """Two facts each of a few people, told in one session or in two; the second is asked of whoever
+    the first is true of.
 
-    Direct: the same question by name. Chance: the share of people who have the value that was said most among those told.
-    Denials: a fact is told, and denied in the same session or in the next one; how often is it still the answer?
+    Direct: the same question by name. Chance: the share of people who have the value that was said
+    most among those told. Denials: a fact is told, and denied in the same session or in the next
+    one; how often is it still the answer?
     """
     world, mind, found = data.FactWorld(1000 + s.seed, "held_out"), s.mind, {}
     told = {"together": [], "apart": [], "denied_together": [], "denied_apart": []}
     asked, named, answers, guesses = [], [], [], []
     for _ in range(groups):
         first, second = world.rng.sample(sorted(data.RELATIONS), 2)
-        names, values = world.rng.sample(world.names, people), world.rng.sample(list(world.values[first]), people)
+        names = world.rng.sample(world.names, people)
+        values = world.rng.sample(list(world.values[first]), people)
         known = [data.Fact(n, first, v) for n, v in zip(names, values)]
-        wanted = [f for n in names for f in [data.Fact(n, second, world.rng.choice(list(world.values[second])))]]
+        wanted = [f for n in names
+                  for f in [data.Fact(n, second, world.rng.choice(list(world.values[second])))]]
         both = [f for pair in zip(known, wanted) for f in pair]
         told["together"].append([session_text(world, both)])
         told["apart"].append([session_text(world, known), session_text(world, wanted)])
         no = data.user_turn(" ".join(map(data.denial, wanted)))
         told["denied_together"].append([session_text(world, wanted) + no])
         told["denied_apart"].append([session_text(world, wanted), no])
-        asked += [data.RELATIONS[second].questions[0].format(n=DESCRIBED[first].format(v=f.value)) for f in known]
+        asked += [data.RELATIONS[second].questions[0].format(n=DESCRIBED[first].format(v=f.value))
+                  for f in known]
         named += [data.RELATIONS[second].questions[0].format(n=f.name) for f in wanted]
         answers += wanted
-        guesses += [max(sum(f.value == v for f in wanted) for v in world.values[second]) / people] * people
+        guesses += ([max(sum(f.value == v for f in wanted) for v in world.values[second]) / people]
+                    * people)
     for name, sessions in told.items():
         written = [mind.write(mind.factors(texts)) for texts in sessions for _ in range(people)]
         questions = {"": asked, "_by_name": named} if "denied" not in name else {"": named}
         for kind, q in questions.items():
-            found[f"hop_{name}{kind}"] = mean(f" {f.value}" in reply for f, reply in zip(answers, mind.ask(q, written)))
+            found[f"hop_{name}{kind}"] = mean(f" {f.value}" in reply
+                                              for f, reply in zip(answers, mind.ask(q, written)))
     return found | {"hop_chance": mean(guesses)}
 
 
@@ -1216,15 +1275,19 @@ def hop_figures(s: Sample, people: int = 8, groups: int = 12) -> dict:
 MQAR_VOCABULARY, MQAR_SHAPES, MQAR_STATES = 8192, ((64, 4), (128, 8), (256, 16)), (8, 32, 128)
 
 
-def mqar(chance: np.random.Generator, rows: int, length: int, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The field's multi-query associative recall (Zoology, arXiv:2312.04927) -> what is told (rows, 2 pairs): key, value, key,
-    ...; what is asked later (rows, length - 2 pairs): every key once, among chance tokens; the value due there, else -1.
+def mqar(chance: np.random.Generator, rows: int, length: int, pairs: int
+         ) -> tuple[Tensor, Tensor, Tensor]:
+    """The field's multi-query associative recall (Zoology, arXiv:2312.04927) -> what is told (rows,
+    2 pairs): key, value, key, ...; what is asked later (rows, length - 2 pairs): every key once,
+    among chance tokens; the value due there, else -1.
 
-    Keys are from one half of the vocabulary and values from the other; the gaps before queries follow a power law of exponent 0.01.
+    Keys are from one half of the vocabulary and values from the other; the gaps before queries
+    follow a power law of exponent 0.01.
     """
     half, slots = MQAR_VOCABULARY // 2, (length - 2 * pairs) // 2
     odds = np.arange(1, slots + 1) ** (0.01 - 1)
-    told, asked = np.zeros((rows, 2 * pairs), np.int64), chance.integers(1, MQAR_VOCABULARY, (rows, length - 2 * pairs))
+    told = np.zeros((rows, 2 * pairs), np.int64)
+    asked = chance.integers(1, MQAR_VOCABULARY, (rows, length - 2 * pairs))
     due = np.full_like(asked, -1)
     for row in range(rows):
         told[row, ::2] = chance.choice(np.arange(1, half), pairs, replace=False)
@@ -1235,45 +1298,58 @@ def mqar(chance: np.random.Generator, rows: int, length: int, pairs: int) -> tup
 
 
 class MatrixState(torch.nn.Module):
-    """What a plain recurrent state of the same bytes does: M (D, S) += v k', or the delta rule's (v - M k) k', read as M q.
+    """What a plain recurrent state of the same bytes does: M (D, S) += v k', or the delta rule's (v
+    - M k) k', read as M q.
 
-    Keys and values are learned maps of the embeddings, and each pair is handed over whole: no binding has to be learned.
+    Keys and values are learned maps of the embeddings, and each pair is handed over whole: no
+    binding has to be learned.
     """
 
     def __init__(self, width: int, S: int, delta: bool):
         super().__init__()
         self.embed, self.delta = torch.nn.Embedding(MQAR_VOCABULARY, width), delta
-        self.key, self.value = torch.nn.Linear(width, S, bias=False), torch.nn.Linear(width, width, bias=False)
+        self.key = torch.nn.Linear(width, S, bias=False)
+        self.value = torch.nn.Linear(width, width, bias=False)
         torch.nn.init.normal_(self.embed.weight, std=width ** -0.5)
 
     def forward(self, told: Tensor, queries: Tensor) -> Tensor:
         """told (B, 2 N), queries (B, n) -> logits (B, n, V)"""
-        k, q = (torch.nn.functional.normalize(self.key(self.embed(x)), dim=-1) for x in (told[:, ::2], queries))
+        k, q = (torch.nn.functional.normalize(self.key(self.embed(x)), dim=-1)
+                for x in (told[:, ::2], queries))
         v, state = self.value(self.embed(told[:, 1::2])), 0.0
         for i in range(k.shape[1]):
             seen = torch.einsum("bds,bs->bd", state, k[:, i]) if self.delta and i else 0.0
             state = state + torch.einsum("bd,bs->bds", v[:, i] - seen, k[:, i])
-        return 10 * torch.nn.functional.normalize(torch.einsum("bds,bns->bnd", state, q), dim=-1) @ self.embed.weight.T * self.embed.weight.shape[1] ** 0.5
+        return (10 * torch.nn.functional.normalize(torch.einsum("bds,bns->bnd", state, q), dim=-1)
+                @ self.embed.weight.T * self.embed.weight.shape[1] ** 0.5)
 
 
 def mqar_model(S: int, width: int = 64) -> NanoCTM:
     """One layer of attention and a CTM of 2 ticks, everything to be learned."""
     torch.manual_seed(S)
-    model = NanoCTM(BackboneConfig(MQAR_VOCABULARY, width, 64, 1, 2, 2, 32, rope_theta=1e4, max_position_embeddings=512),
+    model = NanoCTM(BackboneConfig(MQAR_VOCABULARY, width, 64, 1, 2, 2, 32, rope_theta=1e4,
+                                   max_position_embeddings=512),
                     ThoughtConfig(2, 2, S, 4, 64, head_dim=32))
     model.backbone.initialise()
-    torch.nn.init.normal_(model.backbone.embed_tokens.weight, std=width ** -0.5)               # as MatrixState: random tokens, told apart from the start
+    # as MatrixState: random tokens, told apart from the start
+    torch.nn.init.normal_(model.backbone.embed_tokens.weight, std=width ** -0.5)
     return model
 
 
 def mqar_loss(model: NanoCTM, told: Tensor, asked: Tensor, due: Tensor) -> tuple[Tensor, Tensor]:
-    """Through the write, as phase 3 does it: factors of the pairs, solved by ridge regression, read where a key is asked."""
-    pairs, root, ticks = told.shape[1] // 2, math.sqrt(model.ctm.config.sync), model.ticks(*model.trunk(told))
-    thought, news = model.measure(ticks, successors(told)), (torch.arange(told.shape[1]) % 2 == 0).expand(told.shape)
-    worth = torch.nn.functional.binary_cross_entropy_with_logits(salience_logit(model.ctm, thought.key), news.float())
-    hidden, keys = (x[news].unflatten(0, (-1, pairs)) for x in (thought.at_read_tick(thought.hidden), thought.key / root))
-    values = engrams(model, hidden.flatten(0, 1), told[:, 1::2].flatten(), torch.ones(hidden.shape[:2]).flatten()).view_as(hidden)
-    solved = torch.linalg.solve(keys @ keys.mT + 1e-3 * torch.eye(pairs), values)               # (B, pairs, D)
+    """Through the write, as phase 3 does it: factors of the pairs, solved by ridge regression, read
+    where a key is asked."""
+    pairs, root = told.shape[1] // 2, math.sqrt(model.ctm.config.sync)
+    ticks = model.ticks(*model.trunk(told))
+    thought = model.measure(ticks, successors(told))
+    news = (torch.arange(told.shape[1]) % 2 == 0).expand(told.shape)
+    worth = torch.nn.functional.binary_cross_entropy_with_logits(
+        salience_logit(model.ctm, thought.key), news.float())
+    hidden, keys = (x[news].unflatten(0, (-1, pairs))
+                    for x in (thought.at_read_tick(thought.hidden), thought.key / root))
+    values = engrams(model, hidden.flatten(0, 1), told[:, 1::2].flatten(),
+                     torch.ones(hidden.shape[:2]).flatten()).view_as(hidden)
+    solved = torch.linalg.solve(keys @ keys.mT + 1e-3 * torch.eye(pairs), values)  # (B, pairs, D)
     where = (due >= 0).nonzero()[:, 1].view(-1, pairs)
     asking, target = model.ticks(*model.trunk(asked), where=where), due.gather(1, where)
     aided = model.measure(asking, target, (keys.mT @ solved).mT)
@@ -1282,24 +1358,31 @@ def mqar_loss(model: NanoCTM, told: Tensor, asked: Tensor, due: Tensor) -> tuple
 
 
 def mqar_figures(s: Sample, steps: int = 250, rows: int = 64) -> dict:
-    """Share of values due that are answered right (arg max over 8,192): pairs told in one session each, asked in another process.
+    """Share of values due that are answered right (arg max over 8,192): pairs told in one session
+    each, asked in another process.
 
-    Each model learns `steps` batches of every shape in turn, and is then tested on examples that it never saw.
+    Each model learns `steps` batches of every shape in turn, and is then tested on examples that it
+    never saw.
     """
     found, chance = {}, np.random.default_rng(s.seed)
-    tests = {f"{length},{pairs}": mqar(np.random.default_rng(10**6 + s.seed), rows, length, pairs) for length, pairs in MQAR_SHAPES}
+    tests = {f"{length},{pairs}": mqar(np.random.default_rng(10**6 + s.seed), rows, length, pairs)
+             for length, pairs in MQAR_SHAPES}
     for S in MQAR_STATES:
         ours = mqar_model(S)
-        models = {"ctm": ours, "linear": MatrixState(64, S, False), "delta": MatrixState(64, S, True)}
+        models = {"ctm": ours, "linear": MatrixState(64, S, False),
+                  "delta": MatrixState(64, S, True)}
         for name, model in models.items():
-            optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.0)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95),
+                                          weight_decay=0.0)
             for step in range(steps):
-                optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 20, 2 * (steps - step) / steps)
+                optimizer.param_groups[0]["lr"] = (5e-3
+                    * min(1, (step + 1) / 20, 2 * (steps - step) / steps))
                 told, asked, due = mqar(chance, rows // 2, *MQAR_SHAPES[step % 3])
                 if name == "ctm":
                     loss, seen = mqar_loss(model, told, asked, due)
                 else:
-                    loss = torch.nn.functional.cross_entropy(model(told, told[:, ::2]).flatten(0, 1), told[:, 1::2].flatten())
+                    loss = torch.nn.functional.cross_entropy(
+                        model(told, told[:, ::2]).flatten(0, 1), told[:, 1::2].flatten())
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -1308,17 +1391,20 @@ def mqar_figures(s: Sample, steps: int = 250, rows: int = 64) -> dict:
                     model.ctm.settle(*seen, max(0.02, 1 / (step + 1)))
             for shape, (told, asked, due) in tests.items():
                 if name == "ctm":
-                    found[f"mqar_{shape}_{name}_{S}"] = mqar_after_restart(model.eval().requires_grad_(False), told, asked, due)
+                    found[f"mqar_{shape}_{name}_{S}"] = mqar_after_restart(
+                        model.eval().requires_grad_(False), told, asked, due)
                     model.train().requires_grad_(True)
                 else:
                     with torch.no_grad():
-                        found[f"mqar_{shape}_{name}_{S}"] = float((model(told, told[:, ::2]).argmax(-1) == told[:, 1::2]).float().mean())
+                        found[f"mqar_{shape}_{name}_{S}"] = float(
+                            (model(told, told[:, ::2]).argmax(-1) == told[:, 1::2]).float().mean())
         found[f"mqar_bytes_{S}"] = 4.0 * 64 * S
     return found
 
 
 def mqar_after_restart(model: NanoCTM, told: Tensor, asked: Tensor, due: Tensor) -> float:
-    """Every row a session and a store of its own; the answers come from a new process that has the files alone."""
+    """Every row a session and a store of its own; the answers come from a new process that has the
+    files alone."""
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         save_backbone(model, folder / "base")
@@ -1327,15 +1413,17 @@ def mqar_after_restart(model: NanoCTM, told: Tensor, asked: Tensor, due: Tensor)
             session, factors = read_session(model, row[None], threshold=0.5)
             with Store(folder / str(i), model, rule=MQAR_RULE, max_drift=math.inf) as store:
                 store.commit(factors[0], session.snapshot(0, row), len(row))
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"),
+                                 initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return pool.submit(mqar_answers, folder, asked, due).result()
 
 
-MQAR_RULE = WriteRule(n0=0.0, n_due=0.0)                            # there is no ordinary text here to protect
+MQAR_RULE = WriteRule(n0=0.0, n_due=0.0)  # there is no ordinary text here to protect
 
 
 def mqar_answers(folder: Path, asked: Tensor, due: Tensor) -> float:
-    model, right = load_graft(str(folder / "base"), folder / "graft.safetensors").eval().requires_grad_(False), []
+    model, right = load_graft(str(folder / "base"), folder / "graft.safetensors"), []
+    model.eval().requires_grad_(False)
     for i, (row, wanted) in enumerate(zip(asked, due)):
         with Store(folder / str(i), model, read_only=True, rule=MQAR_RULE) as store:
             said = model(row[None], plastic=store.plastic()).logits[0].argmax(-1)
@@ -1344,44 +1432,60 @@ def mqar_answers(folder: Path, asked: Tensor, due: Tensor) -> float:
 
 
 RATES = (0.01, 0.03, 0.1, 0.3)
-OPPONENTS = {"weights": (by_writing,), "retrieval": (by_retrieval, (2, 4, 8)), "lora_30": (by_lora(30), (0.001, 0.003, 0.01)),
-             **{f"tune_{n}": (by_fine_tuning(n), RATES) for n in (1, 10, 100)}, "sparse_10": (by_fine_tuning(10, 0.1), RATES),
+OPPONENTS = {"weights": (by_writing,), "retrieval": (by_retrieval, (2, 4, 8)),
+             "lora_30": (by_lora(30), (0.001, 0.003, 0.01)),
+             **{f"tune_{n}": (by_fine_tuning(n), RATES) for n in (1, 10, 100)},
+             "sparse_10": (by_fine_tuning(10, 0.1), RATES),
              "edit": (by_editing, (0.001, 0.1, 10.0, 100.0))}
-FULL_PARTS = {f"opponent {name}": functools.partial(lambda s, name: opponent_figures(s, name, *OPPONENTS[name]), name=name) for name in OPPONENTS}
+FULL_PARTS = {f"opponent {name}": functools.partial(
+    lambda s, name: opponent_figures(s, name, *OPPONENTS[name]), name=name) for name in OPPONENTS}
 FULL_PARTS |= {"ablation": ablation_figures, "two hops": hop_figures, "mqar": mqar_figures}
 
 
 def full_figures(found: dict[str, dict]) -> dict:
     """The additions of --full to the last line, printed as tables too."""
     v = {k: x["mean"] for k, x in found.items()}
-    arms = {name: {k[len(name) + 1:]: x for k, x in v.items() if k.startswith(f"{name}_")} for name in OPPONENTS}
-    print(f"\n{'learned by':14s} {'N=1':>6s} {'10':>6s} {'100':>6s} {'direct':>7s} {'stranger':>8s} {'anybodys':>8s} {'neighbours':>10s} {'text':>7s} {'FLOPs':>9s}")
+    arms = {name: {k[len(name) + 1:]: x for k, x in v.items() if k.startswith(f"{name}_")}
+            for name in OPPONENTS}
+    print(f"\n{'learned by':14s} {'N=1':>6s} {'10':>6s} {'100':>6s} {'direct':>7s} "
+          f"{'stranger':>8s} {'anybodys':>8s} {'neighbours':>10s} {'text':>7s} {'FLOPs':>9s}")
     for name, a in arms.items():
-        print(f"{name:14s} {a['1_paraphrase']:6.3f} {a['10_paraphrase']:6.3f} {a['100_paraphrase']:6.3f} {a['100_direct']:7.3f} {a['100_near_miss']:8.3f} "
-              f"{a['100_anybodys']:8.3f} {a['neighbour_drop']:10.3f} {a['100_text_nats']:7.3f} {a['100_flops']:9.2e}")
+        print(f"{name:14s} {a['1_paraphrase']:6.3f} {a['10_paraphrase']:6.3f} "
+              f"{a['100_paraphrase']:6.3f} {a['100_direct']:7.3f} {a['100_near_miss']:8.3f} "
+              f"{a['100_anybodys']:8.3f} {a['neighbour_drop']:10.3f} {a['100_text_nats']:7.3f} "
+              f"{a['100_flops']:9.2e}")
     print(f"\n{'MQAR after a restart':24s}" + "".join(f"{4 * 64 * S:9d} B" for S in MQAR_STATES))
     for shape in MQAR_SHAPES:
         for name in ("ctm", "linear", "delta"):
-            print(f"{'{},{}'.format(*shape):12s}{name:12s}" + "".join(f"{v['mqar_{},{}_{}_{}'.format(*shape, name, S)]:11.3f}" for S in MQAR_STATES))
-    ablation = {k[9:]: {"recall": x, "interval": wilson(x, 100 * seeds), "text": v[k + "_text"]} for k, x in v.items()
+            print(f"{'{},{}'.format(*shape):12s}{name:12s}"
+                  + "".join(f"{v['mqar_{},{}_{}_{}'.format(*shape, name, S)]:11.3f}"
+                            for S in MQAR_STATES))
+    ablation = {k[9:]: {"recall": x, "interval": wilson(x, 100 * seeds), "text": v[k + "_text"]}
+                for k, x in v.items()
                 if k.startswith("ablation_") and not k.endswith("_text")}
     print(f"\n{'without':30s} {'recall':>7s} {'95 % interval':>15s} {'text x':>8s}")
     for name, a in ablation.items():
-        print(f"{name:30s} {a['recall']:7.3f} {a['interval'][0]:7.3f} .. {a['interval'][1]:.3f} {a['text']:8.4f}")
-    return {"arms": arms, "ablation": ablation, "two_hop": {k[4:]: x for k, x in v.items() if k.startswith("hop_")},
+        print(f"{name:30s} {a['recall']:7.3f} {a['interval'][0]:7.3f} .. {a['interval'][1]:.3f} "
+              f"{a['text']:8.4f}")
+    return {"arms": arms, "ablation": ablation,
+            "two_hop": {k[4:]: x for k, x in v.items() if k.startswith("hop_")},
             "mqar": {k[5:]: x for k, x in v.items() if k.startswith("mqar_")}}
 
 
 def draw_damage(found: dict[str, dict], file: str) -> None:
-    """Recall of a hundred facts against what they cost ordinary text, each way of learning a point."""
+    """Recall of a hundred facts against what they cost ordinary text, each way of learning a
+    point."""
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(6, 3.6))
     before = found["text_nats_before"]["mean"]
     for name in OPPONENTS:
-        x, y = found[f"{name}_100_text_nats"]["mean"] - before, found[f"{name}_100_paraphrase"]["mean"]
-        axes.plot([x], [y], "*" if name == "weights" else "s" if name == "retrieval" else "o", markersize=12 if name == "weights" else 6)
+        x, y = (found[f"{name}_100_text_nats"]["mean"] - before,
+                found[f"{name}_100_paraphrase"]["mean"])
+        axes.plot([x], [y], "*" if name == "weights" else "s" if name == "retrieval" else "o",
+                  markersize=12 if name == "weights" else 6)
         axes.annotate(name.replace("_", " "), (x, y), textcoords="offset points", xytext=(6, 4))
-    axes.set(xlabel="nats per token lost on ordinary text", ylabel="recall of 100 facts", ylim=(-0.02, 1.02))
+    axes.set(xlabel="nats per token lost on ordinary text", ylabel="recall of 100 facts",
+             ylim=(-0.02, 1.02))
     figure.tight_layout()
     path = Path(file)
     figure.savefig(path.with_name(f"{path.stem}_damage{path.suffix}"))
@@ -1391,16 +1495,19 @@ def draw_damage(found: dict[str, dict], file: str) -> None:
 # endurance: the store under fire
 
 class Fire:
-    """A few sessions really told, and a folder where stores of them are attacked. The text by which writes are judged is short, so that
-    most of a child's time goes to the disk, which is where a kill can hurt."""
+    """A few sessions really told, and a folder where stores of them are attacked. The text by which
+    writes are judged is short, so that most of a child's time goes to the disk, which is where a
+    kill can hurt."""
 
     def __init__(self, folder: Path, sessions: int = 8):
         self.mind, self.folder, world = Mind(), folder, data.FactWorld(0, "held_out")
-        self.told = self.mind.told([session_text(world, world.facts(1 + i % 3)) for i in range(sessions)])
+        self.told = self.mind.told(
+            [session_text(world, world.facts(1 + i % 3)) for i in range(sessions)])
         self.text = OrdinaryText(self.mind.model, self.mind.ctm.ordinary[:1, :8])
 
     def open(self, name: str, **settings) -> Store:
-        return Store(self.folder / name, self.mind.model, max_drift=math.inf, text=self.text, **settings)
+        return Store(self.folder / name, self.mind.model, max_drift=math.inf, text=self.text,
+                     **settings)
 
     def made(self, name: str, sessions: int) -> Path:
         """A new store with so many sessions."""
@@ -1411,11 +1518,13 @@ class Fire:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+            and p.name != "lock"}
 
 
 def in_child(work, after_s: float | None = None) -> tuple[list[str], int]:
-    """Fork; work(say) runs in the child, which is killed after so many seconds, if any. -> what it said, its exit code."""
+    """Fork; work(say) runs in the child, which is killed after so many seconds, if any. -> what it
+    said, its exit code."""
     listen, speak = os.pipe()
     child = os.fork()
     if not child:                                                   # never returns
@@ -1439,7 +1548,8 @@ def in_child(work, after_s: float | None = None) -> tuple[list[str], int]:
 
 
 def live_on(fire: Fire, name: str, exported: Path, luck: int, say) -> None:
-    """Tell, forget and import without end, saying before each what is about to happen, and after it which sessions there are."""
+    """Tell, forget and import without end, saying before each what is about to happen, and after it
+    which sessions there are."""
     dice = random.Random(luck)
     with fire.open(name) as store:
         while True:
@@ -1458,33 +1568,43 @@ def live_on(fire: Fire, name: str, exported: Path, luck: int, say) -> None:
 
 
 def killed_at_random(fire: Fire, times: int, seed: int, within_s: float = 1.0) -> dict:
-    """Children live on and are killed at a random instant; all that they had finished must be there, and nothing by halves."""
+    """Children live on and are killed at a random instant; all that they had finished must be
+    there, and nothing by halves."""
     chance, known = random.Random(seed), []                         # known: ids that must be there
-    bits, exported = [_bits(factors) for factors, _, _ in fire.told], fire.folder / "three.safetensors"
+    bits, exported = ([_bits(factors) for factors, _, _ in fire.told],
+                      fire.folder / "three.safetensors")
     with fire.open(fire.made("three", 3).name) as store:
         store.export(exported)
         imported = [e["id"] for e in store.entries]
     fire.made("killed", 0)
-    found = {"kills": 0, "died_of_something_else": 0, "unreadable": 0, "half_written": 0, "lost_sessions": 0,
+    found = {"kills": 0, "died_of_something_else": 0, "unreadable": 0, "half_written": 0,
+             "lost_sessions": 0,
              "interrupted": {"tell": 0, "forget": 0, "import": 0}}
     for i in range(times):
-        said, code = in_child(lambda say: live_on(fire, "killed", exported, seed * 10**6 + i, say), chance.uniform(0.0, within_s))
+        said, code = in_child(lambda say: live_on(fire, "killed", exported, seed * 10**6 + i, say),
+                              chance.uniform(0.0, within_s))
         found["kills" if code == -signal.SIGKILL else "died_of_something_else"] += 1
-        known = next((line.split()[1:] for line in reversed(said) if line.startswith("done")), known)
+        known = next((line.split()[1:] for line in reversed(said)
+                      if line.startswith("done")), known)
         pending = said[-1].split()[1:] if said and said[-1].startswith("begin") else [""]
         if pending[0]:
             found["interrupted"][pending[0]] += 1
         try:
-            with fire.open("killed") as store:                      # as a writer: what a crash left over is cleared away
+            # as a writer: what a crash left over is cleared away
+            with fire.open("killed") as store:
                 now, factors = [e["id"] for e in store.entries], store.factors
         except ValueError:
             found["unreadable"] += 1
             shutil.rmtree(fire.folder / "killed")
             known = []
             continue
-        allowed = {"": [known], "tell": [known, [*known, *now[len(known):][:1]]], "forget": [known, [k for k in known if k not in pending and "all" not in pending]],
-                   "import": [known, [*known, *(k for k in imported if k not in {n.split("-")[0] for n in known})]]}[pending[0]]
-        found["half_written"] += sum(_bits(f) not in bits for f in factors) + (now not in allowed and set(known) <= set(now))
+        allowed = {"": [known], "tell": [known, [*known, *now[len(known):][:1]]],
+                   "forget": [known, [k for k in known
+                                      if k not in pending and "all" not in pending]],
+                   "import": [known, [*known, *(k for k in imported if k not in {
+                       n.split("-")[0] for n in known})]]}[pending[0]]
+        found["half_written"] += (sum(_bits(f) not in bits for f in factors)
+                                  + (now not in allowed and set(known) <= set(now)))
         found["lost_sessions"] += 0 if now in allowed else len(set(known) - set(now))
         known = now
     return found
@@ -1495,9 +1615,11 @@ def _bits(factors: Factors) -> bytes:
 
 
 def every_byte_flipped(fire: Fire) -> dict:
-    """One after another, a bit in each byte of the manifest and of one session's factors: opening has to notice."""
+    """One after another, a bit in each byte of the manifest and of one session's factors: opening
+    has to notice."""
     folder, undetected, flips = fire.made("flipped", 2), 0, 0
-    for path in (folder / "manifest.json", min((folder / "sessions").glob("*"), key=lambda p: p.stat().st_size)):
+    for path in (folder / "manifest.json",
+                 min((folder / "sessions").glob("*"), key=lambda p: p.stat().st_size)):
         whole = path.read_bytes()
         for at in range(len(whole)):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 7]) + whole[at + 1:])
@@ -1510,12 +1632,13 @@ def every_byte_flipped(fire: Fire) -> dict:
             if flips % 1000 == 0:
                 print(f"{flips} bytes flipped", file=sys.stderr)
         path.write_bytes(whole)
-    fire.open(folder.name, read_only=True).close()                  # and the untouched store still opens
+    fire.open(folder.name, read_only=True).close()  # and the untouched store still opens
     return {"flips": flips, "flips_undetected": undetected}
 
 
 def lies(fire: Fire) -> dict[str, tuple[dict, dict]]:
-    """Exported files that no store should take in: tensors and metadata by the name of what is wrong with them."""
+    """Exported files that no store should take in: tensors and metadata by the name of what is
+    wrong with them."""
     with fire.open(fire.made("exporting", 3).name) as store:
         store.export(fire.folder / "good.safetensors")
     tensors, about = read_tensors(fire.folder / "good.safetensors")
@@ -1533,13 +1656,20 @@ def lies(fire: Fire) -> dict[str, tuple[dict, dict]]:
 
     def said(**change) -> tuple[dict, dict]:
         return tensors, about | change
-    return {"NaN": spoiled(value, math.nan), "Inf": spoiled("1.factors.surprise", math.inf), "NaN in a snapshot": spoiled("1.snapshot.alpha", math.nan),
-            "other factors": spoiled(value, 1.0), "wrong shape": tensor(key, tensors[key][:, 1:]), "fewer rows": tensor(value, tensors[value][1:]),
-            "wrong type": tensor(key, tensors[key].double()), "no keys": ({k: v for k, v in tensors.items() if k != key}, about),
-            "absolute path": entry(id=str(fire.folder / "escaped")), "climbing path": entry(id="../../escaped"), "no id": entry(id=""),
-            "text for a number": entry(tokens="many"), "huge number": entry(told_at=10**400), "NaN for a date": entry(told_at=math.nan),
-            "negative": entry(tokens=-1), "newer format": said(format="99"), "no list": said(sessions="{}"), "another model": said(base="0-0"),
-            "nested for ever": said(sessions="[" * 10**5), "a million entries": said(sessions=json.dumps([{}] * 10**6))}
+    return {"NaN": spoiled(value, math.nan), "Inf": spoiled("1.factors.surprise", math.inf),
+            "NaN in a snapshot": spoiled("1.snapshot.alpha", math.nan),
+            "other factors": spoiled(value, 1.0), "wrong shape": tensor(key, tensors[key][:, 1:]),
+            "fewer rows": tensor(value, tensors[value][1:]),
+            "wrong type": tensor(key, tensors[key].double()),
+            "no keys": ({k: v for k, v in tensors.items() if k != key}, about),
+            "absolute path": entry(id=str(fire.folder / "escaped")),
+            "climbing path": entry(id="../../escaped"), "no id": entry(id=""),
+            "text for a number": entry(tokens="many"), "huge number": entry(told_at=10**400),
+            "NaN for a date": entry(told_at=math.nan),
+            "negative": entry(tokens=-1), "newer format": said(format="99"),
+            "no list": said(sessions="{}"), "another model": said(base="0-0"),
+            "nested for ever": said(sessions="[" * 10**5),
+            "a million entries": said(sessions=json.dumps([{}] * 10**6))}
 
 
 def bad_imports(fire: Fire) -> dict:
@@ -1557,12 +1687,14 @@ def bad_imports(fire: Fire) -> dict:
             except ValueError:
                 pass
         strays += len({p for p in fire.folder.rglob("*") if folder not in p.parents} - there)
-    return {"bad_imports": len(attempts), "bad_imports_accepted": len(accepted), "accepted": accepted,
+    return {"bad_imports": len(attempts), "bad_imports_accepted": len(accepted),
+            "accepted": accepted,
             "bad_imports_spoiled_the_store": files(folder) != before, "outside_writes": strays}
 
 
 def hostile_disk(fire: Fire) -> dict:
-    """A disk that fills up at every step of a commit, a folder that became read-only, a second writer: refused, and the store as before."""
+    """A disk that fills up at every step of a commit, a folder that became read-only, a second
+    writer: refused, and the store as before."""
     def attempt(say, store: Store) -> None:
         held = len(store.entries)
         try:
@@ -1576,9 +1708,11 @@ def hostile_disk(fire: Fire) -> dict:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
             attempt(say, store)                                     # a file that does not fit
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE,
+                               (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             flush = os.fsync
-            for last in range(5):                                   # session, its folder, snapshot, its folder, manifest: then the disk is full
+            # session, its folder, snapshot, its folder, manifest: then the disk is full
+            for last in range(5):
                 left = iter(range(last))
 
                 def until_full(handle: int) -> None:
@@ -1590,9 +1724,10 @@ def hostile_disk(fire: Fire) -> dict:
 
     def locked(say) -> None:
         with fire.open("hostile") as store:
-            parts = (fire.folder, store.folder, store.folder / "sessions", store.folder / "snapshots")
+            parts = (fire.folder, store.folder, store.folder / "sessions",
+                     store.folder / "snapshots")
             for path in parts:
-                if os.geteuid() == 0:                               # nothing is read-only to root: become somebody
+                if os.geteuid() == 0:  # nothing is read-only to root: become somebody
                     os.chown(path, 65534, 65534)
                 path.chmod(0o500)
             if os.geteuid() == 0:
@@ -1606,7 +1741,7 @@ def hostile_disk(fire: Fire) -> dict:
         for path in (fire.folder, folder, folder / "sessions", folder / "snapshots"):
             path.chmod(0o700)
             os.chown(path, os.geteuid(), os.getegid())
-        with fire.open("hostile") as store:                         # what is left over of a refused commit is cleared away
+        with fire.open("hostile") as store:  # what is left over of a refused commit is cleared away
             found[name] = {"refused": said.count("refused"), "attempts": len(said), "exit": code,
                            "as_before": len(store.entries) == 2 and files(folder) == before}
     with fire.open("hostile"):
@@ -1619,17 +1754,22 @@ def hostile_disk(fire: Fire) -> dict:
 
 
 def prices(fire: Fire, sessions: int = 1000) -> dict:
-    """Milliseconds of a commit with all its checks; of opening so many sessions of one to three facts; bytes of a session of ten facts."""
+    """Milliseconds of a commit with all its checks; of opening so many sessions of one to three
+    facts; bytes of a session of ten facts."""
     world = data.FactWorld(1, "held_out")
     with Store(fire.folder / "ten", fire.mind.model) as store:
-        store.text                                                  # thought about once, before the first commit
-        spent = [timed(lambda: store.commit(*told)) for told in fire.mind.told([session_text(world, world.facts(10)) for _ in range(5)])]
-        size = sum(len(blob) for name, blob in files(store.folder).items() if name.endswith(".safetensors")) / len(spent)
-    with fire.open("many") as store:                                # all at once: a thousand manifests would take their time
-        store._add([({"id": "", "told_at": float(i), "tokens": n, "text_nats": [0.0, 0.0], "factors": len(f.keys)}, f.rounded(), s)
+        store.text  # thought about once, before the first commit
+        spent = [timed(lambda: store.commit(*told))
+            for told in fire.mind.told([session_text(world, world.facts(10)) for _ in range(5)])]
+        size = sum(len(blob) for name, blob in files(store.folder).items()
+                   if name.endswith(".safetensors")) / len(spent)
+    with fire.open("many") as store:  # all at once: a thousand manifests would take their time
+        store._add([({"id": "", "told_at": float(i), "tokens": n, "text_nats": [0.0, 0.0],
+                      "factors": len(f.keys)}, f.rounded(), s)
                     for i in range(sessions) for f, s, n in [fire.told[i % len(fire.told)]]])
     open_s = timed(lambda: fire.open("many", read_only=True).close())
-    return {"commit_ms": 1000 * mean(spent), f"open_ms_{sessions}_sessions": 1000 * open_s, "bytes_per_session": size}
+    return {"commit_ms": 1000 * mean(spent), f"open_ms_{sessions}_sessions": 1000 * open_s,
+            "bytes_per_session": size}
 
 
 def timed(work) -> float:
@@ -1641,7 +1781,8 @@ def timed(work) -> float:
 def endurance() -> dict:
     with tempfile.TemporaryDirectory() as where:
         fire, found = Fire(Path(where)), {"attack_seed": 1}
-        for attack in (lambda: killed_at_random(fire, kills, 1), lambda: every_byte_flipped(fire), lambda: bad_imports(fire),
+        for attack in (lambda: killed_at_random(fire, kills, 1), lambda: every_byte_flipped(fire),
+                       lambda: bad_imports(fire),
                        lambda: hostile_disk(fire), lambda: prices(fire)):
             more = attack()
             print("\n".join(f"{name:30s} {value}" for name, value in more.items()), flush=True)
@@ -1653,13 +1794,18 @@ def endurance() -> dict:
 # the card that goes with shipped weights
 
 def card() -> dict:
-    """Collect what the tiny configs left in out/ into one folder, with a card: how it came about, and its sha256."""
+    """Collect what the tiny configs left in out/ into one folder, with a card: how it came about,
+    and its sha256."""
     folder = Path(base).parent
     (folder / "backbone").mkdir(parents=True, exist_ok=True)
-    runs = {"backbone": "tiny_phase1", "thinking": "tiny_phase2", "graft": "tiny_phase3", "ffn": "tiny_ffn"}
-    files = {"tiny_phase1/last/model.safetensors": "backbone/model.safetensors", "tiny_phase1/last/config.json": "backbone/config.json",
-             **{f"{runs[name]}/last/graft.safetensors": f"{name}.safetensors" for name in ("thinking", "graft", "ffn")}}
-    about = {"command": "make tiny", "files": {}}                   # the Makefile spells it out; each run's config is below
+    runs = {"backbone": "tiny_phase1", "thinking": "tiny_phase2", "graft": "tiny_phase3",
+            "ffn": "tiny_ffn"}
+    files = {"tiny_phase1/last/model.safetensors": "backbone/model.safetensors",
+             "tiny_phase1/last/config.json": "backbone/config.json",
+             **{f"{runs[name]}/last/graft.safetensors": f"{name}.safetensors"
+                for name in ("thinking", "graft", "ffn")}}
+    # the Makefile spells it out; each run's config is below
+    about = {"command": "make tiny", "files": {}}
     for source, target in files.items():
         if not (Path("out") / source).exists():
             raise ValueError(f"expected out/{source}, found none: run `make tiny` first")
@@ -1669,34 +1815,44 @@ def card() -> dict:
         shutil.copy("out/tokenizer/ranks.json", folder / "ranks.json")
     about["files"]["ranks.json"] = hashlib.sha256((folder / "ranks.json").read_bytes()).hexdigest()
     for name, run in runs.items():
-        log = [json.loads(line) for line in (Path("out") / run / "log.jsonl").read_text().splitlines()]
-        about[name] = log[0]["run"] | {"minutes": round(log[-1]["minutes"], 1), "figures": [e for e in log if "val" in e][-1]}
+        log = [json.loads(line)
+               for line in (Path("out") / run / "log.jsonl").read_text().splitlines()]
+        about[name] = (log[0]["run"]
+                       | {"minutes": round(log[-1]["minutes"], 1),
+                          "figures": [e for e in log if "val" in e][-1]})
     about["text_sha256"] = HeldOut(data.Tokenizer(str(folder))).sha256
     (folder / "card.json").write_text(json.dumps(about, indent=1))
     return about
 
 
-COMMANDS = {"quality": quality, "memory": memory, "answer": answer, "endurance": endurance, "card": card}
+COMMANDS = {"quality": quality, "memory": memory, "answer": answer, "endurance": endurance,
+            "card": card}
 
 
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         if sys.argv[1:2] in (["--help"], ["-h"]):
             configurator.configure(globals())
-        configurator.stop(f"expected one of {', '.join(COMMANDS)}, found {' '.join(sys.argv[1:2]) or 'nothing'}: "
+        configurator.stop(f"expected one of {', '.join(COMMANDS)}, found "
+                          f"{' '.join(sys.argv[1:2]) or 'nothing'}: "
                           f"python bench.py quality", 2)
     command = sys.argv[1]
     configurator.configure(globals(), sys.argv[2:])
     torch.set_num_threads(1)
     begin = time.time()
     found = COMMANDS[command]()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                            text=True).stdout.strip() or "unknown"
     card = Path(base).parent / "card.json"
     expected = json.loads(card.read_text())["text_sha256"] if card.exists() else None
     if expected and expected != found["text_sha256"]:
-        print(f"note: this Python's documentation differs from the card's text ({expected[:12]}): nats are not comparable")
-    print(json.dumps(found | {"seeds": list(range(seeds)), "commit": commit, "seconds": round(time.time() - begin), "python":
-                              platform.python_version(), "torch": torch.__version__, "hardware": f"{platform.machine()} CPU"}))
+        print(f"note: this Python's documentation differs from the card's text ({expected[:12]}): "
+              "nats are not comparable")
+    print(json.dumps(found
+                     | {"seeds": list(range(seeds)), "commit": commit,
+                        "seconds": round(time.time() - begin),
+                        "python": platform.python_version(), "torch": torch.__version__,
+                        "hardware": f"{platform.machine()} CPU"}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""A memory of its own: what a session carries, what it tells the weights, and the store that outlives the process.
+"""A memory of its own: what a session carries, what it tells the weights, and the store that
+outlives the process.
 
 Carry, from token to token, renewed every C tokens (SessionMemory):
 
-    dopamine   = clamp(0.5 + 0.5 tanh(s / 2 s_mean), 0.5, 1)       s = -log p(next), surprise in nats
+    dopamine  = clamp(0.5 + 0.5 tanh(s / 2 s_mean), 0.5, 1)  s = -log p(next), surprise in nats
     alpha_hat <- gamma alpha_hat + dopamine_t dalpha_t              per token, beta_hat alike
     m          = alpha_hat / beta_hat                               a bounded weighted mean
 
@@ -12,14 +13,17 @@ Eligibility, what a token has to tell the weights (engrams), and the write itsel
     v   = eta dopamine salience U g (E[next] - sum_v p(v) E[v])     what it should add there
     W  <- W + (v - W k) (P k / k'P k)',   P = (n0 Sigma + n_due Sigma_due + ridge I + past keys)^-1
 
-No backpropagation and no optimizer: a delta rule with unit gain at its own key and the least disturbance of ordinary text
-(Sigma), of what all questions share (Sigma_due) and of what was written before. Factors (k, v) depend on the base model and the text alone, never on the store, so
-W is a function of the living sessions: forgetting one is deleting it and computing W again.
+No backpropagation and no optimizer: a delta rule with unit gain at its own key and the least
+disturbance of ordinary text (Sigma), of what all questions share (Sigma_due) and of what was
+written before. Factors (k, v) depend on the base model and the text alone, never on the store, so W
+is a function of the living sessions: forgetting one is deleting it and computing W again.
 
-Left out on purpose: anything a session generated itself is carried but never written; the base model's files never
-change; text is not stored. Source: DESIGN.md section 3; Sherman & Morrison 1950 for P, Widrow & Hoff 1960 for the rule.
+Left out on purpose: anything a session generated itself is carried but never written; the base
+model's files never change; text is not stored. Source: DESIGN.md section 3; Sherman & Morrison 1950
+for P, Widrow & Hoff 1960 for the rule.
 
-Letters: B batch, T tokens, S sync channels, D width, C carry chunk, n tokens of one call or factors of one session.
+Letters: B batch, T tokens, S sync channels, D width, C carry chunk, n tokens of one call or factors
+of one session.
 """
 import fcntl
 import hashlib
@@ -37,19 +41,22 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from model import Cache, CTMBlock, NanoCTM, Spoken, Thought, backbone_hash, fingerprint, read_tensors, successors
+from model import (Cache, CTMBlock, NanoCTM, Spoken, Thought, backbone_hash, fingerprint,
+                   read_tensors, successors)
 
 
 # -----------------------------------------------------------------------------
 # surprise, and what a token has to tell
 
 def dopamine(surprise: Tensor, mean_surprise: Tensor) -> Tensor:
-    """surprise in nats (...) -> (...) in [0.5, 1]: 1 unexpected, 0.5 predictable. It dampens and never amplifies."""
+    """surprise in nats (...) -> (...) in [0.5, 1]: 1 unexpected, 0.5 predictable. It dampens and
+    never amplifies."""
     return (0.5 + 0.5 * torch.tanh(surprise / (2 * mean_surprise))).clamp(0.5, 1.0).detach()
 
 
 def salience(ctm: CTMBlock, key: Tensor) -> Tensor:
-    """kappa (..., S) -> (...) in [0, 1]: is this something to keep? Surprise alone cannot tell a fact from noise."""
+    """kappa (..., S) -> (...) in [0, 1]: is this something to keep? Surprise alone cannot tell a
+    fact from noise."""
     return torch.sigmoid(salience_logit(ctm, key))
 
 
@@ -58,14 +65,17 @@ def salience_logit(ctm: CTMBlock, key: Tensor) -> Tensor:
 
 
 def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, weight: Tensor) -> Tensor:
-    """What memory should add to h: eta weight U g (what came - what was expected), in embedding space (DESIGN §3).
+    """What memory should add to h: eta weight U g (what came - what was expected), in embedding
+    space (DESIGN §3).
 
-    hidden (n, D) that the head read without a memory, next_tokens (n,), weight (n,) = dopamine x salience -> (n, D).
+    hidden (n, D) that the head read without a memory, next_tokens (n,), weight (n,) = dopamine x
+    salience -> (n, D).
     """
     embedding, norm, ctm = model.backbone.embed_tokens.weight, model.backbone.norm, model.ctm
     with torch.no_grad():
         rows = model.rows_at_once(hidden)
-        expected = torch.cat([model.head(h).float().softmax(-1).to(embedding.dtype) @ embedding for h in hidden.split(rows)])
+        expected = torch.cat([model.head(h).float().softmax(-1).to(embedding.dtype) @ embedding
+                              for h in hidden.split(rows)])
         error = norm.weight * (embedding[next_tokens] - expected)
     return torch.exp(ctm.log_eta) * weight[:, None] * (error.float() @ ctm.engram.T)
 
@@ -84,10 +94,12 @@ class Factors(NamedTuple):
         return Factors(*(x[chosen] for x in self))
 
     def rounded(self) -> "Factors":
-        """As a store holds them, and writes them: a third of the bytes. A key is a direction, so it needs no scale."""
-        keys = self.keys.float()                                    # int8 would overflow: what was rounded stays as it is
+        """As a store holds them, and writes them: a third of the bytes. A key is a direction, so it
+        needs no scale."""
+        keys = self.keys.float()  # int8 would overflow: what was rounded stays as it is
         largest = keys.abs().amax(1, keepdim=True).clamp(min=1e-9)
-        return self._replace(keys=(127 * keys / largest).round().to(torch.int8), values=self.values.half())
+        return self._replace(keys=(127 * keys / largest).round().to(torch.int8),
+                             values=self.values.half())
 
     def unit_keys(self) -> Tensor:
         """(n, S) fp64, of unit length."""
@@ -109,7 +121,8 @@ class Lived(NamedTuple):
     @classmethod
     def of(cls, thought: Thought) -> "Lived":
         alone = thought.unaided
-        return cls(alone.at_read_tick(alone.hidden), alone.key, alone.read_tick, alone.delta_alpha, alone.delta_beta, alone.real)
+        return cls(alone.at_read_tick(alone.hidden), alone.key, alone.read_tick, alone.delta_alpha,
+                   alone.delta_beta, alone.real)
 
     def columns(self, begin: int, end: int | None) -> "Lived":
         return Lived(*(x[:, begin:end] for x in self))
@@ -119,18 +132,25 @@ class SessionMemory:
     """The carry of several sessions side by side, and what they leave; owned by the caller.
 
         session = SessionMemory(model, rows=len(tokens))
-        thought = session.read(tokens, Cache(), plastic)            # any length; the last token waits for its successor
-        thought = session.read(reply, thought.cache, plastic, own=1)        # said by the model itself: never eligible
+        thought = session.read(tokens, Cache(), plastic)            # any length; the last token
+            waits for its successor
+        thought = session.read(reply, thought.cache, plastic, own=1)        # said by the model
+            itself: never eligible
         factors = session.close()                                   # one Factors per row
 
-    The model itself only ever sees `m` (B, 2, S). With gradients on, they flow through m across chunks.
+    The model itself only ever sees `m` (B, 2, S). With gradients on, they flow through m across
+    chunks.
     """
 
-    def __init__(self, model: NanoCTM, rows: int, chunk: int = 32, threshold: float = 0.5, budget: int = 64, expected: float = 0.1):
-        """threshold of salience; budget: factors at most; expected: what surprised by fewer nats is no news, and takes no room."""
+    def __init__(self, model: NanoCTM, rows: int, chunk: int = 32, threshold: float = 0.5,
+                 budget: int = 64, expected: float = 0.1):
+        """threshold of salience; budget: factors at most; expected: what surprised by fewer nats is
+        no news, and takes no room."""
         if model.ctm is None:
-            raise ValueError("expected a model with a CTM block, found one without: a session has nothing to carry there")
-        self.model, self.rows, self.chunk, self.threshold, self.budget, self.expected = model, rows, chunk, threshold, budget, expected
+            raise ValueError("expected a model with a CTM block, found one without: a session has "
+                             "nothing to carry there")
+        self.model, self.rows, self.chunk = model, rows, chunk
+        self.threshold, self.budget, self.expected = threshold, budget, expected
         self.start()
 
     def start(self, warm: Tensor | None = None) -> None:
@@ -145,22 +165,29 @@ class SessionMemory:
         self.kept: list[list[Factors]] = [[] for _ in range(self.rows)]
 
     def room(self, ahead: Tensor | None = None) -> int:
-        """Positions that may be observed before some row's chunk is full; ahead (B, n): only rows with a real token there count."""
-        going = torch.ones_like(self.filled, dtype=torch.bool) if ahead is None else (ahead >= 0).any(1)
+        """Positions that may be observed before some row's chunk is full; ahead (B, n): only rows
+        with a real token there count."""
+        going = (torch.ones_like(self.filled, dtype=torch.bool) if ahead is None
+                 else (ahead >= 0).any(1))
         return self.chunk - int(self.filled.masked_fill(~going, 0).max())
 
-    def read(self, tokens: Tensor, cache: Cache, plastic: Tensor | None = None, halt: float | None = None, own: int = 0) -> Thought:
-        """Read tokens (B, T), padding < 0, chunk by chunk, after those in `cache`; -> the thought about the last piece.
+    def read(self, tokens: Tensor, cache: Cache, plastic: Tensor | None = None,
+             halt: float | None = None, own: int = 0) -> Thought:
+        """Read tokens (B, T), padding < 0, chunk by chunk, after those in `cache`; -> the thought
+        about the last piece.
 
-        A session may be longer than the context: see _within_context. The first `own` tokens were said by the model: what precedes them is carried and never written. The last token is
-        not observed before the next call brings its successor.
+        A session may be longer than the context: see _within_context. The first `own` tokens were
+        said by the model: what precedes them is carried and never written. The last token is not
+        observed before the next call brings its successor.
         """
         if self.waiting is not None:
-            waiting, self.waiting = self.waiting, None              # an interruption below must not take it in twice
+            # an interruption below must not take it in twice
+            waiting, self.waiting = self.waiting, None
             first = tokens.gather(1, (tokens >= 0).int().argmax(1, keepdim=True))
             self._take_in(waiting, first, torch.full_like(first, own == 0, dtype=torch.bool))
         following, at, T = successors(tokens), 0, tokens.shape[1]
-        outside = (torch.arange(T, device=tokens.device) >= own - 1).expand_as(tokens)      # whether the successor is
+        # is its successor from outside?
+        outside = (torch.arange(T, device=tokens.device) >= own - 1).expand_as(tokens)
         while at < T:
             n, cache = self.room(tokens[:, at:]), self._within_context(cache)
             piece = slice(at, at + n)
@@ -173,30 +200,37 @@ class SessionMemory:
         return thought
 
     def _within_context(self, cache: Cache) -> Cache:
-        """At a chunk's beginning, drop keys and values that leave no room for another chunk; the sync goes on alone."""
+        """At a chunk's beginning, drop keys and values that leave no room for another chunk; the
+        sync goes on alone."""
         longest = self.model.backbone.config.max_position_embeddings
-        full = cache.real is not None and not self.filled.any() and cache.real.shape[1] + self.chunk > longest
+        full = (cache.real is not None and not self.filled.any()
+                and cache.real.shape[1] + self.chunk > longest)
         return Cache() if full else cache
 
-    def observe(self, thought: Thought, next_tokens: Tensor, eligible: Tensor | None = None) -> None:
-        """Take in n positions at once; next_tokens (B, n), -1 where unknown, weighs nothing; eligible (B, n) bool.
+    def observe(self, thought: Thought, next_tokens: Tensor,
+                eligible: Tensor | None = None) -> None:
+        """Take in n positions at once; next_tokens (B, n), -1 where unknown, weighs nothing;
+        eligible (B, n) bool.
 
-        Padding (as the cache has it) neither weighs nor advances. ValueError when it would reach past a chunk's end.
+        Padding (as the cache has it) neither weighs nor advances. ValueError when it would reach
+        past a chunk's end.
         """
         nothing = torch.zeros_like(next_tokens, dtype=torch.bool)
         self._take_in(Lived.of(thought), next_tokens, nothing if eligible is None else eligible)
 
     def _take_in(self, lived: Lived, next_tokens: Tensor, eligible: Tensor) -> None:
         if int((self.filled + lived.real.sum(1)).max()) > self.chunk:
-            raise ValueError(f"expected at most {self.room()} more tokens in this chunk of {self.chunk}, found "
+            raise ValueError(f"expected at most {self.room()} more tokens in this chunk of "
+                             f"{self.chunk}, found "
                              f"{next_tokens.shape[1]}: observe a session chunk by chunk")
         ctm, known = self.model.ctm, (next_tokens >= 0) & lived.real
         _, surprise = self.model.score(lived.hidden, next_tokens.clamp(min=0))
         reward = dopamine(surprise, ctm.mean_surprise)
         if not torch.isfinite(lived.delta_alpha).all() or not torch.isfinite(surprise).all():
-            raise ValueError("expected finite activations, found some that are not: the session ends here and nothing of it is written")
+            raise ValueError("expected finite activations, found some that are not: the session "
+                             "ends here and nothing of it is written")
         real = lived.real.long()
-        after = real.flip(1).cumsum(1).flip(1) - real               # (B, n) tokens lived since, within this call
+        after = real.flip(1).cumsum(1).flip(1) - real  # (B, n) tokens lived since, within this call
         share = (reward * known)[:, :, None, None] * ctm.gamma(after)
         fade = ctm.gamma(real.sum(1))
         self.alpha = fade * self.alpha + (share * lived.delta_alpha).sum(1)
@@ -207,16 +241,19 @@ class SessionMemory:
         self._renew(self.filled == self.chunk)
 
     @torch.no_grad()
-    def _mark(self, lived: Lived, next_tokens: Tensor, eligible: Tensor, surprise: Tensor, reward: Tensor) -> None:
+    def _mark(self, lived: Lived, next_tokens: Tensor, eligible: Tensor, surprise: Tensor,
+              reward: Tensor) -> None:
         """Keep the factors of what is salient and was not expected."""
         salient = salience(self.model.ctm, lived.key)
         eligible = eligible & (salient > self.threshold) & (surprise > self.expected)
         position = self.position[:, None] + lived.real.long().cumsum(1) - 1
         for b in eligible.any(1).nonzero()[:, 0].tolist():
             here = eligible[b].nonzero()[:, 0]
-            value = engrams(self.model, lived.hidden[b, here], next_tokens[b, here], reward[b, here] * salient[b, here])
+            value = engrams(self.model, lived.hidden[b, here], next_tokens[b, here],
+                            reward[b, here] * salient[b, here])
             key = lived.key[b, here] / math.sqrt(lived.key.shape[-1])
-            self.kept[b].append(Factors(key, value, surprise[b, here], reward[b, here], salient[b, here], position[b, here],
+            self.kept[b].append(Factors(key, value, surprise[b, here], reward[b, here],
+                                        salient[b, here], position[b, here],
                                         lived.tick[b, here]))
 
     def _renew(self, rows: Tensor) -> None:
@@ -226,8 +263,9 @@ class SessionMemory:
         self.filled = self.filled.masked_fill(rows, 0)
 
     def close(self) -> list[Factors]:
-        """End the session: the open chunk closes, and what was salient comes out, at most `budget` a row, strongest first."""
-        if self.waiting is not None:                                # a token without a successor weighs nothing
+        """End the session: the open chunk closes, and what was salient comes out, at most `budget`
+        a row, strongest first."""
+        if self.waiting is not None:  # a token without a successor weighs nothing
             unknown = torch.full_like(self.waiting.tick, -1)
             self._take_in(self.waiting, unknown, unknown >= 0)
             self.waiting = None
@@ -241,22 +279,28 @@ class SessionMemory:
     def _bounded(self, pieces: list[Factors]) -> Factors:
         ctm, device = self.model.ctm, self.m.device
         if not pieces:
-            empty, none = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.long, device=device)
-            return Factors(torch.zeros(0, ctm.config.sync, device=device), torch.zeros(0, len(ctm.start_z), device=device),
+            empty = torch.zeros(0, device=device)
+            none = torch.zeros(0, dtype=torch.long, device=device)
+            return Factors(torch.zeros(0, ctm.config.sync, device=device),
+                           torch.zeros(0, len(ctm.start_z), device=device),
                            empty, empty, empty, none, none)
         whole = Factors(*map(torch.cat, zip(*pieces)))
-        strongest = (whole.salience * whole.dopamine).topk(min(self.budget, len(whole.keys))).indices
+        strength = whole.salience * whole.dopamine
+        strongest = strength.topk(min(self.budget, len(whole.keys))).indices
         return whole.rows(strongest.sort().values)
 
 
 def about(model: NanoCTM, tokens: Tensor) -> Tensor:
-    """What a session is about: the mean of its token embeddings, centred on that of all words, tokens (n,) -> (D,)."""
+    """What a session is about: the mean of its token embeddings, centred on that of all words,
+    tokens (n,) -> (D,)."""
     embedding = model.backbone.embed_tokens.weight
     return (embedding[tokens].float().mean(0) - embedding.float().mean(0)).detach()
 
 
-def read_session(model: NanoCTM, tokens: Tensor, chunk: int = 32, **settings) -> tuple[SessionMemory, list[Factors]]:
-    """Read one whole session per row, tokens (B, T) with padding < 0, to its end, all of it from outside."""
+def read_session(model: NanoCTM, tokens: Tensor, chunk: int = 32,
+                 **settings) -> tuple[SessionMemory, list[Factors]]:
+    """Read one whole session per row, tokens (B, T) with padding < 0, to its end, all of it from
+    outside."""
     session = SessionMemory(model, len(tokens), chunk, **settings)
     session.read(tokens, Cache())
     return session, session.close()
@@ -269,10 +313,10 @@ def read_session(model: NanoCTM, tokens: Tensor, chunk: int = 32, **settings) ->
 class WriteRule:
     """How compact_memory writes; the defaults are what `python bench.py memory` measures."""
     n0: float = 50.0            # protection of ordinary text: as many keys as this weigh on P
-    n_due: float = 5.0          # the same of what all keys share at which somebody's value is due: it is nobody's own
+    n_due: float = 5.0      # the same of keys at which somebody's value is due: nobody's own
     ridge: float = 0.001        # lambda
-    fade: float = 1.0           # mu: how much of the protection of past keys is left a session later
-    cap: float = math.inf       # homeostasis: output power on ordinary text, W_m's over W_c's, at most
+    fade: float = 1.0  # mu: how much of the protection of past keys is left a session later
+    cap: float = math.inf  # homeostasis: output power on ordinary text, W_m's over W_c's, at most
     norm_cap: float = math.inf  # the same for the weights: |W_m| / |W_c| (the seeds' 0.01)
     delta: bool = True          # subtract what the memory already says there
     project: bool = True        # write through P, not along the bare key
@@ -289,39 +333,49 @@ class Plastic:
         return cls(torch.zeros(ctm.c_proj.weight.shape, dtype=torch.float64))
 
 
-def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors, rule: WriteRule = WriteRule()) -> Plastic:
-    """Write one session into W_m, as if token by token in the order lived; -> a new Plastic, the old one stays as it was.
+def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
+                   rule: WriteRule = WriteRule()) -> Plastic:
+    """Write one session into W_m, as if token by token in the order lived; -> a new Plastic, the
+    old one stays as it was.
 
-    Sherman-Morrison, one key after another, is the factorisation I + K P K' = L diag(1 + gain) L' (L unit lower triangular):
-    row i of L^-1 K P is P_i k_i, with P as it stood when token i was written, and the delta rule is one triangular solve more.
-    ValueError, and nothing written, when anything is not finite.
+    Sherman-Morrison, one key after another, is the factorisation I + K P K' = L diag(1 + gain) L'
+    (L unit lower triangular): row i of L^-1 K P is P_i k_i, with P as it stood when token i was
+    written, and the delta rule is one triangular solve more. ValueError, and nothing written, when
+    anything is not finite.
     """
     keys, values, weight = factors.unit_keys().cpu(), factors.values.double().cpu(), plastic.weight
     if plastic.free is None and weight.any():
-        raise ValueError("expected a memory with its free key space, found W_m alone: it can be read and not written to")
+        raise ValueError("expected a memory with its free key space, found W_m alone: it can be "
+                         "read and not written to")
     same, free = torch.eye(len(keys), dtype=torch.float64), room_left(ctm, plastic.free, rule)
     toward = keys @ free                                            # (n, S)
     root, flawed = torch.linalg.cholesky_ex(same + keys @ toward.T)
     steps = root.diagonal()
-    toward = torch.linalg.solve_triangular(root / steps, toward, upper=False, unitriangular=True)       # P_i k_i
-    along = toward / (steps ** 2 - 1)[:, None] if rule.project else keys        # (n, S): unit gain at its own key
-    if rule.delta:                                                  # what earlier sessions, and earlier tokens, say there already
-        values = torch.linalg.solve_triangular(same + (keys @ along.T).tril(-1), values - keys @ weight.T, upper=False, unitriangular=True)
+    toward = torch.linalg.solve_triangular(                         # P_i k_i
+        root / steps, toward, upper=False, unitriangular=True)
+    # (n, S): unit gain at its own key
+    along = toward / (steps ** 2 - 1)[:, None] if rule.project else keys
+    if rule.delta:  # what earlier sessions, and earlier tokens, say there already
+        values = torch.linalg.solve_triangular(
+            same + (keys @ along.T).tril(-1), values - keys @ weight.T,
+            upper=False, unitriangular=True)
     weight = weight + values.T @ along
     weight = weight * homeostasis(ctm, weight, rule)
     if flawed or not torch.isfinite(weight).all():
-        raise ValueError("expected a finite memory, found one that is not: the session is not written, all others are as before")
+        raise ValueError("expected a finite memory, found one that is not: the session is not "
+                         "written, all others are as before")
     toward = toward / steps[:, None]
     return Plastic(weight, torch.addmm(free, toward.T, toward, alpha=-1))
 
 
 def room_left(ctm: CTMBlock, free: Tensor | None, rule: WriteRule) -> Tensor:
-    """P (S, S) at the beginning of a session: what ordinary text and earlier keys, faded by a session, leave of the key space."""
+    """P (S, S) at the beginning of a session: what ordinary text and earlier keys, faded by a
+    session, leave of the key space."""
     if free is not None and rule.fade == 1:
         return free
     common = rule.n0 * ctm.key_moment.double() + rule.n_due * ctm.due_moment.double()
     prior = common.cpu() + rule.ridge * torch.eye(ctm.config.sync, dtype=torch.float64)
-    if free is not None:                                            # what rounding leaves asymmetric would grow with every inversion
+    if free is not None:  # what rounding leaves asymmetric would grow with every inversion
         prior = prior + rule.fade * (torch.linalg.inv((free + free.T) / 2) - prior)
     return torch.linalg.inv(prior)
 
@@ -334,20 +388,25 @@ def homeostasis(ctm: CTMBlock, weight: Tensor, rule: WriteRule) -> float:
 
 
 def output_change(ctm: CTMBlock, weight: Tensor) -> float:
-    """E |W_m k|^2 / E |W_c kappa|^2 on ordinary text: how loud the memory is next to the thought it is added to."""
+    """E |W_m k|^2 / E |W_c kappa|^2 on ordinary text: how loud the memory is next to the thought it
+    is added to."""
     sigma, own = ctm.key_moment.double().cpu(), ctm.c_proj.weight.detach().double().cpu()
-    return float(((weight @ sigma) * weight).sum() / (ctm.config.sync * ((own @ sigma) * own).sum()))
+    return float(((weight @ sigma) * weight).sum()
+                 / (ctm.config.sync * ((own @ sigma) * own).sum()))
 
 
 def norm_ratio(ctm: CTMBlock, weight: Tensor) -> float:
     """|W_m / sqrt(S)| / |W_c|: the two as they stand beside each other."""
-    return float(weight.norm() / math.sqrt(ctm.config.sync) / ctm.c_proj.weight.detach().double().cpu().norm())
+    return float(weight.norm() / math.sqrt(ctm.config.sync)
+                 / ctm.c_proj.weight.detach().double().cpu().norm())
 
 
 class OrdinaryText:
-    """The text by which a write is judged: a few windows of training text that come with the block's weights.
+    """The text by which a write is judged: a few windows of training text that come with the
+    block's weights.
 
-    Keys do not depend on the memory, so the text is thought about once, and judging a memory costs the head alone.
+    Keys do not depend on the memory, so the text is thought about once, and judging a memory costs
+    the head alone.
     """
 
     def __init__(self, model: NanoCTM, tokens: Tensor | None = None):
@@ -364,8 +423,9 @@ class OrdinaryText:
 def why(store: "Store", said: Spoken) -> dict:
     """Who made the model say this (one row): an exact split of the token's logit at the tick read.
 
-    logit = E[token] . (g h / rms(h)), and h is what was thought without a memory plus W_session k of each session: over one
-    rms, that is a sum. -> {"logit", "by_itself", "sessions": {id: share}}, in logits.
+    logit = E[token] . (g h / rms(h)), and h is what was thought without a memory plus W_session k
+    of each session: over one rms, that is a sum. -> {"logit", "by_itself", "sessions": {id:
+    share}}, in logits.
     """
     backbone, heard = store.model.backbone, said.hidden[0].double()
     gain = (backbone.norm.weight * backbone.embed_tokens.weight[int(said.token)]).double()
@@ -380,7 +440,8 @@ def why(store: "Store", said: Spoken) -> dict:
 
 FORMAT = 3                                  # of the manifest and of exported files
 BLOCK = 64                                  # factors of several sessions written as one
-DAMAGE = (KeyError, TypeError, ValueError, OverflowError, RecursionError)       # of JSON that is not what it claims; ValueError: UTF-8 too
+# what JSON raises that is not what it claims; ValueError: UTF-8 too
+DAMAGE = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
 
 
 class Snapshot(NamedTuple):
@@ -391,34 +452,43 @@ class Snapshot(NamedTuple):
 
     @property
     def m(self) -> Tensor:
-        return self.alpha / self.beta.clamp(min=1e-9)               # 0 / 0 is 0: what never lived leans nowhere
+        return self.alpha / self.beta.clamp(min=1e-9)  # 0 / 0 is 0: what never lived leans nowhere
 
 
 class Store:
     """Sessions on disk, and the memory W_m that they make; the only way to the disk.
 
-        folder/manifest.json                format, base model, living sessions in order, the sha256 of their files and its own
-        folder/sessions/ID.safetensors      Factors;  folder/snapshots/ID.safetensors  Snapshot;  no text anywhere
+        folder/manifest.json                format, base model, living sessions in order, the sha256
+                                            of their files and its own
+        folder/sessions/ID.safetensors      Factors;  folder/snapshots/ID.safetensors  Snapshot;  no
+                                            text anywhere
 
-    The manifest is the only commit point: files are written and flushed first, then it is replaced, so that a crash at any
-    instant leaves the old store or the new one. One writer at a time (flock); read_only takes no lock and writes nothing.
-    ValueError in one line for a folder that is not a store, another model's store, a damaged file, a second writer.
+    The manifest is the only commit point: files are written and flushed first, then it is replaced,
+    so that a crash at any instant leaves the old store or the new one. One writer at a time
+    (flock); read_only takes no lock and writes nothing. ValueError in one line for a folder that is
+    not a store, another model's store, a damaged file, a second writer.
     """
 
-    def __init__(self, folder: str | Path, model: NanoCTM, read_only: bool = False, rule: WriteRule = WriteRule(),
+    def __init__(self, folder: str | Path, model: NanoCTM, read_only: bool = False,
+                 rule: WriteRule = WriteRule(),
                  max_drift: float = 0.5, text: OrdinaryText | None = None, forget: str = ""):
-        """forget: sessions to drop unread, damaged ones too: an id, an unambiguous beginning of it, or "all"."""
-        self.folder, self.model, self.read_only, self.rule, self.max_drift = Path(folder), model, read_only, rule, max_drift
+        """forget: sessions to drop unread, damaged ones too: an id, an unambiguous beginning of it,
+        or "all"."""
+        self.folder, self.model, self.read_only = Path(folder), model, read_only
+        self.rule, self.max_drift = rule, max_drift
         self.base = f"{backbone_hash(model)}-{fingerprint(model.ctm)}"
         self._text, self._lock, self._full = text, None, (0, Plastic.blank(model.ctm))
         if self._holds_something() and not (self.folder / "manifest.json").is_file():
-            raise ValueError(f"expected a memory or a new folder at {self.folder}, found other files: choose another --memory_dir")
+            raise ValueError(f"expected a memory or a new folder at {self.folder}, found other "
+                             "files: choose another --memory_dir")
         if read_only and not self._holds_something():
-            raise ValueError(f"expected a memory at {self.folder}, found none: tell it something with --memory on first")
+            raise ValueError(f"expected a memory at {self.folder}, found none: tell it something "
+                             "with --memory on first")
         if not read_only:
             self._take_lock()
         try:
-            if not read_only and not self._holds_something():       # asked again, now that nobody else can write
+            # asked again, now that nobody else can write
+            if not read_only and not self._holds_something():
                 self._replace_manifest([])
             self.entries = self._read_manifest()
             self.dropped = self._chosen(forget) if forget else []
@@ -427,14 +497,15 @@ class Store:
             self._plastic, self._full = self._written(self.factors, self._full)
             if self.dropped:
                 self._replace_manifest(self.entries)
-            if not read_only:                                       # only once all that is named was found whole
+            if not read_only:  # only once all that is named was found whole
                 self._remove_orphans()
         except BaseException:
             self.close()
             raise
 
     def _holds_something(self) -> bool:
-        return self.folder.is_dir() and any(p.name not in ("lock", "manifest.json.new") for p in self.folder.iterdir())
+        return (self.folder.is_dir()
+                and any(p.name not in ("lock", "manifest.json.new") for p in self.folder.iterdir()))
 
     def __enter__(self) -> "Store":
         return self
@@ -457,25 +528,31 @@ class Store:
 
     def plastic(self) -> Tensor | None:
         """W_m (D, S) fp32 on the model's device; None while nothing was ever told."""
-        return self._plastic.weight.float().to(self.model.ctm.start_z.device) if self.entries else None
+        return (self._plastic.weight.float().to(self.model.ctm.start_z.device) if self.entries
+                else None)
 
-    def nearest(self, about: Tensor, top_k: int = 1, half_life_s: float = 30 * 86400.0, threshold: float = 0.5) -> Tensor | None:
-        """m (1, 2, S) to warm-start a session that begins like `about` (D,): the mean over the nearest snapshots, weighted
-        by the softmax of cosine similarity x 2^(-age / half-life); None when nothing is as near as the threshold."""
+    def nearest(self, about: Tensor, top_k: int = 1, half_life_s: float = 30 * 86400.0,
+                threshold: float = 0.5) -> Tensor | None:
+        """m (1, 2, S) to warm-start a session that begins like `about` (D,): the mean over the
+        nearest snapshots, weighted by the softmax of cosine similarity x 2^(-age / half-life); None
+        when nothing is as near as the threshold."""
         snapshots = [self._read_snapshot(e) for e in self.entries]
         if not snapshots:
             return None
-        near = torch.stack([torch.cosine_similarity(s.about, about.float().cpu(), dim=0) for s in snapshots])
+        near = torch.stack([torch.cosine_similarity(s.about, about.float().cpu(), dim=0)
+                            for s in snapshots])
         age = torch.tensor([max(0.0, time.time() - e["told_at"]) for e in self.entries])
         score, index = (near * torch.exp2(-age / half_life_s)).topk(min(top_k, len(snapshots)))
         kept = score >= threshold
         if not kept.any():
             return None
         m = torch.stack([snapshots[i].m for i in index[kept].tolist()])
-        return (score[kept].softmax(0)[:, None, None] * m).sum(0, keepdim=True).to(self.model.ctm.start_z.device)
+        mean = (score[kept].softmax(0)[:, None, None] * m).sum(0, keepdim=True)
+        return mean.to(self.model.ctm.start_z.device)
 
     def told_by(self, keys: Tensor) -> Tensor:
-        """What each living session adds where memory reads keys (n, S) of unit length: (sessions, n, D), whose sum is W_m k."""
+        """What each living session adds where memory reads keys (n, S) of unit length: (sessions,
+        n, D), whose sum is W_m k."""
         plastic, parts, keys = Plastic.blank(self.model.ctm), [], keys.double().cpu()
         for factors in self.factors:
             after = compact_memory(self.model.ctm, plastic, factors, self.rule)
@@ -486,22 +563,27 @@ class Store:
     # -- what changes it
 
     def commit(self, factors: Factors, snapshot: Snapshot, tokens: int) -> dict:
-        """Write one session of `tokens` tokens into the memory and onto the disk; -> its manifest entry. All or nothing.
+        """Write one session of `tokens` tokens into the memory and onto the disk; -> its manifest
+        entry. All or nothing.
 
-        ValueError, and the store as before, for an empty session, a value that is not finite, or a memory that would cost
-        ordinary text more than `max_drift` nats.
+        ValueError, and the store as before, for an empty session, a value that is not finite, or a
+        memory that would cost ordinary text more than `max_drift` nats.
         """
         if not tokens:
-            raise ValueError("expected a session with something in it, found an empty one: nothing is written")
+            raise ValueError("expected a session with something in it, found an empty one: nothing "
+                             "is written")
         factors = Factors(*(x.detach().cpu() for x in factors)).rounded()
         snapshot = Snapshot(*(x.detach().float().cpu() for x in snapshot))
         if not all(torch.isfinite(x).all() for x in (*factors, *snapshot)):
-            raise ValueError("expected a finite session, found values that are not: nothing is written, the store is as before")
+            raise ValueError("expected a finite session, found values that are not: nothing is "
+                             "written, the store is as before")
         plastic, full = self._written([*self.factors, factors], self._full)
         before, after = self.text.nats(self._plastic.weight), self.text.nats(plastic.weight)
         if not after - before <= self.max_drift:
-            raise ValueError(f"expected a session that costs ordinary text at most {self.max_drift} nats, found {after - before:+.2f} "
-                             f"({before:.2f} to {after:.2f}): nothing is written; raise --max_drift to insist")
+            raise ValueError("expected a session that costs ordinary text at most "
+                             f"{self.max_drift} nats, found {after - before:+.2f} "
+                             f"({before:.2f} to {after:.2f}): nothing is written; raise "
+                             "--max_drift to insist")
         entry = {"id": "", "told_at": time.time(), "tokens": tokens, "factors": len(factors.keys),
                  "text_nats": [round(before, 4), round(after, 4)]}
         self._add([(entry, factors, snapshot)])
@@ -509,12 +591,14 @@ class Store:
         return entry
 
     def forget(self, which: str) -> int:
-        """Forget one session by its id (or an unambiguous beginning of it), or "all"; -> how many. The rest is written anew."""
+        """Forget one session by its id (or an unambiguous beginning of it), or "all"; -> how many.
+        The rest is written anew."""
         gone = self._chosen(which)
         living = [(e, f) for e, f in zip(self.entries, self.factors) if e not in gone]
         plastic, full = self._written([f for _, f in living], (0, Plastic.blank(self.model.ctm)))
         self._replace_manifest([e for e, _ in living])
-        self.entries, self.factors, self._plastic, self._full = [e for e, _ in living], [f for _, f in living], plastic, full
+        self.entries, self.factors = [e for e, _ in living], [f for _, f in living]
+        self._plastic, self._full = plastic, full
         self._remove_orphans()
         return len(gone)
 
@@ -522,12 +606,14 @@ class Store:
         return self.entries if which == "all" else [self.find(which)]
 
     def find(self, which: str) -> dict:
-        """The manifest entry of a session. ValueError when there is none, or more than one that begins so."""
+        """The manifest entry of a session. ValueError when there is none, or more than one that
+        begins so."""
         found = [e for e in self.entries if which and e["id"].startswith(which)]
         exact = [e for e in found if e["id"] == which]
         if len(exact or found) != 1:
             known = ", ".join(e["id"] for e in self.entries[-5:]) or "none yet"
-            raise ValueError(f"expected the id of a remembered session, found {which!r} ({len(found)} begin so): known are {known}")
+            raise ValueError(f"expected the id of a remembered session, found {which!r} "
+                             f"({len(found)} begin so): known are {known}")
         return (exact or found)[0]
 
     def show(self, which: str) -> tuple[dict, Factors]:
@@ -539,52 +625,68 @@ class Store:
         tensors = {}
         for i, (entry, factors) in enumerate(zip(self.entries, self.factors)):
             tensors |= {f"{i}.factors.{k}": v for k, v in factors._asdict().items()}
-            tensors |= {f"{i}.snapshot.{k}": v for k, v in self._read_snapshot(entry)._asdict().items()}
+            tensors |= {f"{i}.snapshot.{k}": v
+                        for k, v in self._read_snapshot(entry)._asdict().items()}
         about = {"format": str(FORMAT), "base": self.base, "sessions": json.dumps(self.entries)}
         _write_durably(Path(file), to_bytes({k: v.contiguous() for k, v in tensors.items()}, about))
         return len(self.entries)
 
     def import_from(self, file: str | Path) -> int:
-        """Add the sessions of an exported file, after those that are here; -> how many were new. All or nothing."""
+        """Add the sessions of an exported file, after those that are here; -> how many were new.
+        All or nothing."""
         tensors, about = read_tensors(Path(file))
-        if not about.get("format", "").isdigit() or int(about["format"]) > FORMAT or "sessions" not in about:
-            raise ValueError(f"{file}: expected an exported memory of format {FORMAT}, found {about.get('format')!r}: "
+        if (not about.get("format", "").isdigit() or int(about["format"]) > FORMAT
+            or "sessions" not in about):
+            raise ValueError(f"{file}: expected an exported memory of format {FORMAT}, found "
+                             f"{about.get('format')!r}: "
                              f"export it with this version, or update")
         if about.get("base") != self.base:
-            raise ValueError(f"{file}: expected a memory of these weights ({self.base}), found one of {about.get('base')}: keys of "
+            raise ValueError(f"{file}: expected a memory of these weights ({self.base}), found one "
+                             f"of {about.get('base')}: keys of "
                              f"another model mean nothing here")
         try:
-            entries = [_checked_entry(e) for e in list.copy(json.loads(about["sessions"]))]        # TypeError for anything but a list
+            # TypeError for anything but a list
+            entries = [_checked_entry(e) for e in list.copy(json.loads(about["sessions"]))]
         except DAMAGE as e:
-            raise ValueError(f"{file}: expected the list of its sessions, found a damaged one ({type(e).__name__}): export it again") from None
+            raise ValueError(f"{file}: expected the list of its sessions, found a damaged one "
+                             f"({type(e).__name__}): export it again") from None
         new, present = [], {(e["sha256"], e["snapshot_sha256"]) for e in self.entries}
         for i, entry in enumerate(entries):
-            parts = {kind: {k.split(".")[2]: v for k, v in tensors.items() if k.startswith(f"{i}.{kind}.")} for kind in ("factors", "snapshot")}
-            factors, snapshot = self._checked(parts["factors"], parts["snapshot"], f"{file}, session {i}")
+            parts = {kind: {k.split(".")[2]: v for k, v in tensors.items()
+                            if k.startswith(f"{i}.{kind}.")} for kind in ("factors", "snapshot")}
+            factors, snapshot = self._checked(parts["factors"], parts["snapshot"],
+                                              f"{file}, session {i}")
             found = tuple(hashlib.sha256(b).hexdigest() for b in _blobs(factors, snapshot))
             if found != (entry["sha256"], entry["snapshot_sha256"]):
-                raise ValueError(f"{file}, session {i}: expected it as it was exported, found it changed: export it again")
+                raise ValueError(f"{file}, session {i}: expected it as it was exported, found it "
+                                 "changed: export it again")
             if found not in present:
                 fresh = {k: entry[k] for k in ("told_at", "tokens", "text_nats")}
                 new.append(({"id": "", **fresh, "factors": len(factors.keys)}, factors, snapshot))
         plastic, full = self._written([*self.factors, *(f for _, f, _ in new)], self._full)
         before, after = self.text.nats(self._plastic.weight), self.text.nats(plastic.weight)
         if not after - before <= self.max_drift:
-            raise ValueError(f"{file}: expected a memory that costs ordinary text at most {self.max_drift} nats, found "
-                             f"{after - before:+.2f}: nothing is imported; raise --max_drift to insist")
+            raise ValueError(f"{file}: expected a memory that costs ordinary text at most "
+                             f"{self.max_drift} nats, found "
+                             f"{after - before:+.2f}: nothing is imported; raise --max_drift to "
+                             "insist")
         self._add(new)
         self._plastic, self._full = plastic, full
         return len(new)
 
     # -- the disk
 
-    def _written(self, sessions: list[Factors], full: tuple[int, Plastic]) -> tuple[Plastic, tuple[int, Plastic]]:
-        """The memory that these sessions make, and `full`: how many of them fill whole blocks, and the memory these make.
+    def _written(self, sessions: list[Factors], full: tuple[int, Plastic]
+                 ) -> tuple[Plastic, tuple[int, Plastic]]:
+        """The memory that these sessions make, and `full`: how many of them fill whole blocks, and
+        the memory these make.
 
-        A block is one factorisation, of BLOCK factors or more, or a session where the rule looks at each: opening a thousand
-        sessions takes seconds, and every way to the same sessions ends in the same bits. Goes on from `full`.
+        A block is one factorisation, of BLOCK factors or more, or a session where the rule looks at
+        each: opening a thousand sessions takes seconds, and every way to the same sessions ends in
+        the same bits. Goes on from `full`.
         """
-        each = self.rule.fade < 1 or math.isfinite(self.rule.cap) or math.isfinite(self.rule.norm_cap)
+        each = (self.rule.fade < 1 or math.isfinite(self.rule.cap)
+                or math.isfinite(self.rule.norm_cap))
         (done, plastic), block = full, []
         for factors in sessions[done:]:
             block.append(factors)
@@ -593,18 +695,22 @@ class Store:
         return self._compacted(plastic, block) if block else plastic, (done, plastic)
 
     def _compacted(self, plastic: Plastic, block: list[Factors]) -> Plastic:
-        return compact_memory(self.model.ctm, plastic, Factors(*map(torch.cat, zip(*block))), self.rule)
+        return compact_memory(self.model.ctm, plastic, Factors(*map(torch.cat, zip(*block))),
+                              self.rule)
 
     def _add(self, sessions: list[tuple[dict, Factors, Snapshot]]) -> None:
         """Files first, flushed; then the manifest; then memory."""
         if self.read_only:
-            raise ValueError("expected a store open for writing, found --memory=read-only: use --memory=on to keep this")
+            raise ValueError("expected a store open for writing, found --memory=read-only: use "
+                             "--memory=on to keep this")
         entries, taken = list(self.entries), {e["id"] for e in self.entries}
         for entry, factors, snapshot in sessions:
             blobs = dict(zip(("sessions", "snapshots"), _blobs(factors, snapshot)))
-            entry["sha256"], entry["snapshot_sha256"] = (hashlib.sha256(b).hexdigest() for b in blobs.values())
+            entry["sha256"], entry["snapshot_sha256"] = (hashlib.sha256(b).hexdigest()
+                                                         for b in blobs.values())
             name = hashlib.sha256(blobs["sessions"] + blobs["snapshots"]).hexdigest()[:12]
-            entry["id"] = name if name not in taken else next(n for i in itertools.count(2) if (n := f"{name}-{i}") not in taken)
+            entry["id"] = (name if name not in taken else next(
+                n for i in itertools.count(2) if (n := f"{name}-{i}") not in taken))
             taken.add(entry["id"])
             for kind, blob in blobs.items():
                 (self.folder / kind).mkdir(mode=0o700, exist_ok=True)
@@ -616,7 +722,8 @@ class Store:
 
     def _replace_manifest(self, entries: list[dict]) -> None:
         if self.read_only:
-            raise ValueError("expected a store open for writing, found --memory=read-only: use --memory=on to change it")
+            raise ValueError("expected a store open for writing, found --memory=read-only: use "
+                             "--memory=on to change it")
         fresh = self.folder / "manifest.json.new"
         _write_durably(fresh, _sealed({"format": FORMAT, "base": self.base, "sessions": entries}))
         fresh.replace(self.folder / "manifest.json")
@@ -628,20 +735,26 @@ class Store:
             raw = path.read_bytes()
             manifest = json.loads(raw)
             del manifest["sha256"]
-            known, base, entries = int(manifest["format"]), str(manifest["base"]), [_checked_entry(e) for e in manifest["sessions"]]
+            known, base = int(manifest["format"]), str(manifest["base"])
+            entries = [_checked_entry(e) for e in manifest["sessions"]]
         except (OSError, *DAMAGE) as e:
-            raise ValueError(f"{path}: expected a whole manifest, found a damaged one ({type(e).__name__}): restore it from a copy") from None
-        if raw != _sealed(manifest):                                # not a byte is otherwise than it was written
-            raise ValueError(f"{path}: expected the manifest as it was written, found it changed: restore it from a copy")
+            raise ValueError(f"{path}: expected a whole manifest, found a damaged one "
+                             f"({type(e).__name__}): restore it from a copy") from None
+        if raw != _sealed(manifest):  # not a byte is otherwise than it was written
+            raise ValueError(f"{path}: expected the manifest as it was written, found it changed: "
+                             "restore it from a copy")
         if known != FORMAT:
-            raise ValueError(f"{path}: expected format {FORMAT}, found {known}: update nanoCTM, or export the memory with the version that made it")
+            raise ValueError(f"{path}: expected format {FORMAT}, found {known}: update nanoCTM, or "
+                             "export the memory with the version that made it")
         if base != self.base:
-            raise ValueError(f"{path}: expected a memory of these weights ({self.base}), found one of {base}: name another --memory_dir, "
+            raise ValueError(f"{path}: expected a memory of these weights ({self.base}), found one "
+                             f"of {base}: name another --memory_dir, "
                              f"or the weights it belongs to")
         return entries
 
     def _load(self, entry: dict) -> Factors:
-        self._verify(self.folder / "snapshots" / f"{entry['id']}.safetensors", entry["snapshot_sha256"])
+        self._verify(self.folder / "snapshots" / f"{entry['id']}.safetensors",
+                     entry["snapshot_sha256"])
         path = self.folder / "sessions" / f"{entry['id']}.safetensors"
         self._verify(path, entry["sha256"])
         return self._checked(read_tensors(path)[0], None, str(path))[0]
@@ -653,23 +766,32 @@ class Store:
 
     def _verify(self, path: Path, sha256: str) -> None:
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise ValueError(f"{path}: expected the file that the manifest names, found {'another' if path.is_file() else 'none'}: it is "
-                             f"damaged; restore it from a copy, or give it up with --forget={path.stem}")
+            raise ValueError(f"{path}: expected the file that the manifest names, found "
+                             f"{'another' if path.is_file() else 'none'}: it is "
+                             "damaged; restore it from a copy, or give it up with "
+                             f"--forget={path.stem}")
 
-    def _checked(self, factors: dict | None, snapshot: dict | None, where: str) -> tuple[Factors | None, Snapshot | None]:
-        """Tensors of a file as what they claim to be: names, shapes and types agree, and all is finite."""
+    def _checked(self, factors: dict | None, snapshot: dict | None,
+                 where: str) -> tuple[Factors | None, Snapshot | None]:
+        """Tensors of a file as what they claim to be: names, shapes and types agree, and all is
+        finite."""
         D, S = self.model.ctm.c_proj.weight.shape
         n = len(factors["keys"]) if factors and "keys" in factors else 0
         shapes = {"keys": (n, S), "values": (n, D), **{k: (n,) for k in Factors._fields[2:]}}
-        types = {"keys": torch.int8, "values": torch.float16, "position": torch.int64, "tick": torch.int64}
-        for given, wanted in ((factors, shapes), (snapshot, {"alpha": (2, S), "beta": (2, S), "about": (D,)})):
+        types = {"keys": torch.int8, "values": torch.float16, "position": torch.int64,
+                 "tick": torch.int64}
+        for given, wanted in ((factors, shapes),
+                              (snapshot, {"alpha": (2, S), "beta": (2, S), "about": (D,)})):
             if given is None:
                 continue
             right = given.keys() == wanted.keys() and all(
-                tuple(given[k].shape) == wanted[k] and given[k].dtype == types.get(k, torch.float32) for k in wanted)
+                tuple(given[k].shape) == wanted[k]
+                and given[k].dtype == types.get(k, torch.float32) for k in wanted)
             if not right or not all(torch.isfinite(x).all() for x in given.values()):
-                raise ValueError(f"{where}: expected finite tensors of this model's shapes, found others: it is damaged or foreign")
-        return Factors(**factors) if factors is not None else None, Snapshot(**snapshot) if snapshot is not None else None
+                raise ValueError(f"{where}: expected finite tensors of this model's shapes, found "
+                                 "others: it is damaged or foreign")
+        return (Factors(**factors) if factors is not None else None,
+                Snapshot(**snapshot) if snapshot is not None else None)
 
     def _remove_orphans(self) -> None:
         """Files that no manifest names: left by a crash before it was replaced, or forgotten."""
@@ -686,14 +808,16 @@ class Store:
             self.folder.chmod(0o700)
             self._lock = open(self.folder / "lock", "a+")
         except OSError as e:
-            raise ValueError(f"expected a folder to write to at {self.folder}, found {e.strerror}: choose another --memory_dir, or --memory=read-only") from None
+            raise ValueError(f"expected a folder to write to at {self.folder}, found {e.strerror}: "
+                             "choose another --memory_dir, or --memory=read-only") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "unknown"
             self.close()
-            raise ValueError(f"expected to be the only writer of {self.folder}, found process {holder} writing: end it, or use "
+            raise ValueError(f"expected to be the only writer of {self.folder}, found process "
+                             f"{holder} writing: end it, or use "
                              f"--memory=read-only") from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
@@ -701,9 +825,12 @@ class Store:
 
 
 def _checked_entry(entry: dict) -> dict:
-    """A session's line in the manifest, as it should be. KeyError, TypeError or ValueError otherwise."""
-    right = (all(isinstance(entry[k], str) for k in ("id", "sha256", "snapshot_sha256")) and re.fullmatch("[0-9a-f]+(-[0-9]+)?", entry["id"])
-             and all(type(entry[k]) is int and entry[k] >= 0 for k in ("tokens", "factors")) and len(entry["text_nats"]) == 2
+    """A session's line in the manifest, as it should be. KeyError, TypeError or ValueError
+    otherwise."""
+    right = (all(isinstance(entry[k], str) for k in ("id", "sha256", "snapshot_sha256"))
+             and re.fullmatch("[0-9a-f]+(-[0-9]+)?", entry["id"])
+             and all(type(entry[k]) is int and entry[k] >= 0 for k in ("tokens", "factors"))
+             and len(entry["text_nats"]) == 2
              and all(math.isfinite(x) for x in (entry["told_at"], *entry["text_nats"])))
     if not right:
         raise ValueError("a session's entry is not as it was written")
@@ -712,12 +839,14 @@ def _checked_entry(entry: dict) -> dict:
 
 def _sealed(about: dict) -> bytes:
     """A manifest as it stands on the disk, with the sha256 of what it says."""
-    return json.dumps({"sha256": hashlib.sha256(json.dumps(about).encode()).hexdigest()} | about, indent=1).encode()
+    return json.dumps({"sha256": hashlib.sha256(json.dumps(about).encode()).hexdigest()} | about,
+                      indent=1).encode()
 
 
 def _blobs(factors: Factors, snapshot: Snapshot) -> tuple[bytes, bytes]:
     """A session's two files."""
-    return tuple(to_bytes({k: v.contiguous() for k, v in part._asdict().items()}) for part in (factors, snapshot))
+    return tuple(to_bytes({k: v.contiguous() for k, v in part._asdict().items()})
+                 for part in (factors, snapshot))
 
 
 def _write_durably(path: Path, blob: bytes) -> None:

@@ -1,16 +1,20 @@
 """A Qwen3 whose last feed-forward layer is a Continuous Thought Machine.
 
-The last decoder layer computes  h = x + Attn(norm1(x)),  u = norm2(h)  and returns  h + CTM(u)  in place of
-h + FFN(u). The CTM block thinks K ticks about every token: a recurrent synapse network mixes all D neurons, private
-two-layer networks read each neuron's own recent past, and what is read out is not activity but *synchronisation*: how
-pairs of neurons have moved together over the ticks. Every tick makes its own prediction; the most certain one is read.
+The last decoder layer computes  h = x + Attn(norm1(x)),  u = norm2(h)  and returns  h + CTM(u)  in
+place of  h + FFN(u). The CTM block thinks K ticks about every token: a recurrent synapse network
+mixes all D neurons, private two-layer networks read each neuron's own recent past, and what is
+read out is not activity but *synchronisation*: how pairs of neurons have moved together over the
+ticks. Every tick makes its own prediction; the most certain one is read.
 
-Left out on purpose: training (train.py), what a session remembers and writes (memory.py), fused kernels. Nothing in
-the recurrence reads what the block puts out, so keys do not depend on `c_proj` or on a memory written beside it.
+Left out on purpose: training (train.py), what a session remembers and writes (memory.py), fused
+kernels. Nothing in the recurrence reads what the block puts out, so keys do not depend on `c_proj`
+or on a memory written beside it.
 
-Sources: Continuous Thought Machines (arXiv:2505.05522), Qwen3 (arXiv:2505.09388), rotary embeddings (arXiv:2104.09864).
+Sources: Continuous Thought Machines (arXiv:2505.05522), Qwen3 (arXiv:2505.09388), rotary embeddings
+(arXiv:2104.09864).
 
-Letters: B batch, T tokens, D width = neurons, K ticks, M history, S sync channels, H heads, V vocabulary, N = B*T.
+Letters: B batch, T tokens, D width = neurons, K ticks, M history, S sync channels, H heads, V
+vocabulary, N = B*T.
 """
 import hashlib
 import json
@@ -47,22 +51,28 @@ class BackboneConfig:
 
     @classmethod
     def from_json(cls, folder: Path) -> "BackboneConfig":
-        """Read a Hugging Face `config.json`; RoPE's base may stand at its top or inside `rope_parameters`."""
+        """Read a Hugging Face `config.json`; RoPE's base may stand at its top or inside
+        `rope_parameters`."""
         raw = json.loads((folder / "config.json").read_text())
         if raw.get("model_type") != "qwen3" or not raw.get("tie_word_embeddings", False):
             raise ValueError(f"{folder}: expected a qwen3 checkpoint with a tied head, found "
-                             f"model_type {raw.get('model_type')!r}, tie_word_embeddings {raw.get('tie_word_embeddings')}")
-        raw.setdefault("rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta", cls.rope_theta))
+                             f"model_type {raw.get('model_type')!r}, tie_word_embeddings "
+                             f"{raw.get('tie_word_embeddings')}")
+        raw.setdefault("rope_theta",
+                       (raw.get("rope_parameters") or {}).get("rope_theta", cls.rope_theta))
         return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
 
     def to_json(self) -> dict:
         shape = {k: v for k, v in asdict(self).items() if k != "rope_theta"}
-        return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True, "hidden_act": "silu",
-                "attention_bias": False, "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta}, **shape}
+        return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
+                "tie_word_embeddings": True, "hidden_act": "silu",
+                "attention_bias": False,
+                "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta}, **shape}
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis; the statistics in fp32, the product in x's own dtype."""
+    """x / rms(x) * weight over the last axis; the statistics in fp32, the product in x's own
+    dtype."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -78,8 +88,10 @@ def rms(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cos, sin, each (B, 1, T, head_dim) fp32. Frequencies are built in fp32, never rounded."""
-    inverse = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    """positions (B, T) -> cos, sin, each (B, 1, T, head_dim) fp32. Frequencies are built in fp32,
+    never rounded."""
+    inverse = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+                        / head_dim)
     angles = (positions[:, None, :, None].float() * inverse).repeat(1, 1, 1, 2)
     return angles.cos(), angles.sin()
 
@@ -95,21 +107,25 @@ class Places:
     """Where the tokens of one call stand: rotary angles and who may look at whom."""
     cos: Tensor                 # (B, 1, T, head_dim)
     sin: Tensor
-    allowed: Tensor | None      # (B, 1, T, T_all) bool, None: plain causal (no past) or everything (T = 1)
+    # (B, 1, T, T_all) bool, None: plain causal (no past) or everything (T = 1)
+    allowed: Tensor | None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Softmax attention of q (B, H, T, d) over k, v (B, H_kv, T_all, d) -> (B, T, H * d)."""
         causal = self.allowed is None and q.shape[2] > 1
-        out = F.scaled_dot_product_attention(q, k, v, self.allowed, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
+        out = F.scaled_dot_product_attention(q, k, v, self.allowed, is_causal=causal,
+                                             enable_gqa=k.shape[1] != q.shape[1])
         return out.transpose(1, 2).flatten(2)
 
     def at(self, index: Tensor) -> "Places":
         """The same for a selection of the queries: index (B, n), of a call without a past."""
         B, n = index.shape
         def chosen(x: Tensor) -> Tensor:                            # (B, 1, T, d) -> (B, 1, n, d)
-            return x.expand(B, -1, -1, -1).gather(2, index[:, None, :, None].expand(B, 1, n, x.shape[-1]))
+            return x.expand(B, -1, -1, -1).gather(
+                2, index[:, None, :, None].expand(B, 1, n, x.shape[-1]))
         if self.allowed is None:
-            allowed = torch.arange(self.cos.shape[2], device=index.device) <= index[:, None, :, None]
+            allowed = (torch.arange(self.cos.shape[2], device=index.device)
+                       <= index[:, None, :, None])
         else:
             allowed = chosen(self.allowed)
         return Places(chosen(self.cos), chosen(self.sin), allowed)
@@ -130,7 +146,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x: Tensor, places: Places, past: "KV | None") -> tuple[Tensor, "KV"]:
         q = self.q_norm(heads(self.q_proj(x), self.head_dim)).transpose(1, 2)
@@ -162,7 +179,8 @@ class DecoderLayer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Qwen3 up to, but not including, the last layer's feed-forward half, which belongs to the graft's owner."""
+    """Qwen3 up to, but not including, the last layer's feed-forward half, which belongs to the
+    graft's owner."""
 
     def __init__(self, c: BackboneConfig):
         super().__init__()
@@ -174,35 +192,44 @@ class Backbone(nn.Module):
     def initialise(self) -> None:
         """Weights for training from nothing, with a head start on in-context recall.
 
-        A small transformer is slow to find that it should look for the same name (the relation-level plateau). Both
-        halves of that circuit are here from the start: the first layer's heads look 1, 2, 3, ... tokens back, and
-        in later layers W_q = W_k, so that heads begin by matching tokens. Everything may be unlearned. Ideas: previous-
-        token and induction heads (arXiv:2209.11895), mimetic initialisation (arXiv:2305.09828).
+        A small transformer is slow to find that it should look for the same name (the
+        relation-level plateau). Both halves of that circuit are here from the start: the first
+        layer's heads look 1, 2, 3, ... tokens back, and in later layers W_q = W_k, so that heads
+        begin by matching tokens. Everything may be unlearned. Ideas: previous-token and induction
+        heads (arXiv:2209.11895), mimetic initialisation (arXiv:2305.09828).
         """
         c = self.config
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 closing = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5 * (0.5 if closing else 1.0))
+                nn.init.normal_(p, std=(0.02 if "embed" in name
+                                        else p.shape[1] ** -0.5 * (0.5 if closing else 1.0)))
         for layer in self.layers[1:]:
-            k = layer.self_attn.k_proj.weight.data.view(c.num_key_value_heads, 1, c.head_dim, c.hidden_size)
+            k = layer.self_attn.k_proj.weight.data.view(
+                c.num_key_value_heads, 1, c.head_dim, c.hidden_size)
             group = c.num_attention_heads // c.num_key_value_heads
-            layer.self_attn.q_proj.weight.data.copy_(k.expand(-1, group, -1, -1).reshape(-1, c.hidden_size))
-        # A constant first channel (which a tied softmax does not see) gives queries and keys a fixed part in the fast
-        # half of the rotary frequencies; turning a query by -n positions makes its head look n tokens back.
+            layer.self_attn.q_proj.weight.data.copy_(
+                k.expand(-1, group, -1, -1).reshape(-1, c.hidden_size))
+        # A constant first channel (which a tied softmax does not see) gives queries and keys a
+        # fixed part in the fast half of the rotary frequencies; turning a query by -n positions
+        # makes its head look n tokens back.
         self.embed_tokens.weight.data[:, 0] = 0.08
-        fixed = torch.cat([torch.ones(c.head_dim // 4), torch.zeros(c.head_dim - c.head_dim // 4)])[None, None, None]
+        fixed = torch.cat([torch.ones(c.head_dim // 4),
+                           torch.zeros(c.head_dim - c.head_dim // 4)])[None, None, None]
         back = -torch.arange(1, c.num_attention_heads + 1)[None]
-        turned = rotate(fixed, *rope_angles(back, c.head_dim, c.rope_theta))                   # (1, 1, H, head_dim)
+        turned = rotate(fixed, *rope_angles(back, c.head_dim, c.rope_theta))  # (1, 1, H, head_dim)
         first = self.layers[0].self_attn
         first.q_proj.weight.data[:, 0] = 2 * turned.flatten()
         first.k_proj.weight.data[:, 0] = 2 * fixed.flatten().repeat(c.num_key_value_heads)
 
-    def forward(self, tokens: Tensor, places: Places, cache: "Cache") -> tuple[Tensor, Tensor, list["KV"]]:
-        """tokens (B, T) -> h (B, T, D) after the last attention, u = norm2(h), and every layer's keys and values."""
+    def forward(self, tokens: Tensor, places: Places, cache: "Cache"
+                ) -> tuple[Tensor, Tensor, list["KV"]]:
+        """tokens (B, T) -> h (B, T, D) after the last attention, u = norm2(h), and every layer's
+        keys and values."""
         x, kept = self.embed_tokens(tokens.clamp(min=0)), []
         for i, layer in enumerate(self.layers):
-            out, kv = layer.self_attn(layer.input_layernorm(x), places, cache.layers[i] if cache.layers else None)
+            out, kv = layer.self_attn(layer.input_layernorm(x), places,
+                                      cache.layers[i] if cache.layers else None)
             x = x + out
             u = layer.post_attention_layernorm(x)
             kept.append(kv)
@@ -219,18 +246,22 @@ class KV(NamedTuple):
     v: Tensor
 
     def after(self, past: "KV | None") -> "KV":
-        return self if past is None else KV(torch.cat([past.k, self.k], 2), torch.cat([past.v, self.v], 2))
+        return (self if past is None
+                else KV(torch.cat([past.k, self.k], 2), torch.cat([past.v, self.v], 2)))
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of the backbone and of the block's own attention, and which past tokens were real."""
+    """Keys and values of the backbone and of the block's own attention, and which past tokens were
+    real."""
     layers: list[KV] | None = None
     block: KV | None = None
     real: Tensor | None = None          # (B, T_past) bool; padding is False
 
-    def places(self, tokens: Tensor, head_dims: tuple[int, int], theta: float) -> tuple[Places, Places, Tensor]:
-        """Positions count real tokens per row. -> for the backbone, for the block, the mask with these tokens added."""
+    def places(self, tokens: Tensor, head_dims: tuple[int, int], theta: float
+               ) -> tuple[Places, Places, Tensor]:
+        """Positions count real tokens per row. -> for the backbone, for the block, the mask with
+        these tokens added."""
         now = tokens >= 0
         real = now if self.real is None else torch.cat([self.real, now], 1)
         T, T_all = tokens.shape[1], real.shape[1]
@@ -240,7 +271,7 @@ class Cache:
             before = torch.ones(T, T_all, dtype=torch.bool, device=tokens.device).tril(T_all - T)
             itself = torch.eye(T, dtype=torch.bool, device=tokens.device)
             allowed = before & real[:, None, :]
-            allowed[:, :, -T:] |= itself                            # a pad sees itself, or its softmax would be empty
+            allowed[:, :, -T:] |= itself  # a pad sees itself, or its softmax would be empty
             allowed = allowed[:, None]
         trunk, block = (Places(*rope_angles(positions, d, theta), allowed) for d in head_dims)
         return trunk, block, real
@@ -262,7 +293,8 @@ class ThoughtConfig:
 
 
 class UNet(nn.Module):
-    """Synapses: 2D -> ... -> bottleneck -> ... -> D; every layer up also reads the layer down of its own width.
+    """Synapses: 2D -> ... -> bottleneck -> ... -> D; every layer up also reads the layer down of
+    its own width.
 
     x (..., 2D) -> (..., D). SiLU throughout, LayerNorm after each layer up.
     """
@@ -270,13 +302,15 @@ class UNet(nn.Module):
     def __init__(self, width: int, c: ThoughtConfig):
         super().__init__()
         widths = [*range(2 * width, 0, -c.unet_step), c.bottleneck]
-        rising = [*widths[-2:0:-1], width]                          # mirrored, but the top layer returns to D
+        rising = [*widths[-2:0:-1], width]  # mirrored, but the top layer returns to D
         self.down = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
         entering = [c.bottleneck] + [2 * w for w in rising[:-1]]    # from below, and across
         self.up = nn.ModuleList(nn.Linear(a, b) for a, b in zip(entering, rising))
         self.norms = nn.ModuleList(nn.LayerNorm(w) for w in rising)
-        for layer in [*self.down, *self.up]:                        # signal, not bias: the input must show through 2L layers
-            nn.init.normal_(layer.weight, std=1.7 * layer.in_features ** -0.5)                 # 1.7: what SiLU takes away
+        # signal, not bias: the input must show through 2L layers
+        for layer in [*self.down, *self.up]:
+            # 1.7: what SiLU takes away
+            nn.init.normal_(layer.weight, std=1.7 * layer.in_features ** -0.5)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -303,32 +337,38 @@ class NeuronLevelModel(nn.Module):
 
     def forward(self, trace: Tensor) -> Tensor:
         hidden = F.glu(torch.baddbmm(self.b1.to(trace.dtype), trace, self.w1.to(trace.dtype)))
-        return F.glu(torch.baddbmm(self.b2.to(trace.dtype), hidden, self.w2.to(trace.dtype))).squeeze(-1)
+        return F.glu(torch.baddbmm(self.b2.to(trace.dtype), hidden,
+                                   self.w2.to(trace.dtype))).squeeze(-1)
 
 
 def private_uniform(neurons: int, fan_in: int, fan_out: int) -> Tensor:
-    """(D, in, out) uniform weights of variance 1 / in. The neuron axis is never a fan: it would make all neurons alike."""
+    """(D, in, out) uniform weights of variance 1 / in. The neuron axis is never a fan: it would
+    make all neurons alike."""
     return (torch.rand(neurons, fan_in, fan_out) * 2 - 1) * math.sqrt(3 / fan_in)
 
 
 class Sync(nn.Module):
-    """One synchronisation read-out: S pairs of neurons, each with its decay r, prior weight rho and carried mean m.
+    """One synchronisation read-out: S pairs of neurons, each with its decay r, prior weight rho and
+    carried mean m.
 
-        alpha_k = r alpha_{k-1} + z[left] z[right],  beta_k = r beta_{k-1} + 1,  y = (alpha + rho m) / sqrt(beta + rho)
+        alpha_k = r alpha_{k-1} + z[left] z[right],  beta_k = r beta_{k-1} + 1,  y = (alpha + rho m)
+            / sqrt(beta + rho)
     """
 
     def __init__(self, neurons: int, c: ThoughtConfig):
         super().__init__()
-        for side in ("left", "right"):                              # whole permutations: every neuron takes part alike
+        for side in ("left", "right"):  # whole permutations: every neuron takes part alike
             turns = -(-c.sync // neurons)
-            self.register_buffer(side, torch.cat([torch.randperm(neurons) for _ in range(turns)])[:c.sync])
+            self.register_buffer(
+                side, torch.cat([torch.randperm(neurons) for _ in range(turns)])[:c.sync])
         self.decay = nn.Parameter(torch.rand(c.sync) * 2)           # r from 1 down to 0.14
         self.rho_raw = nn.Parameter(torch.full((c.sync,), -1.0))    # softplus(-1) = 0.31
 
     def pair(self, z: Tensor) -> Tensor:
         """z (..., D) -> products of the S pairs (..., S), fp32: bf16 sums stop growing at 256."""
-        flat = z.reshape(-1, z.shape[-1])                           # of two axes: on a CPU, three cost ten times as much
-        return (flat.index_select(1, self.left).float() * flat.index_select(1, self.right).float()).view(*z.shape[:-1], -1)
+        flat = z.reshape(-1, z.shape[-1])  # of two axes: on a CPU, three cost ten times as much
+        return (flat.index_select(1, self.left).float()
+                * flat.index_select(1, self.right).float()).view(*z.shape[:-1], -1)
 
     def r(self) -> Tensor:
         return torch.exp(-self.decay.clamp(0, 15))
@@ -339,7 +379,8 @@ class Sync(nn.Module):
 
 
 class TickState(NamedTuple):
-    """What lives within one token's thought. History is a tuple, so that ticks share what they remember."""
+    """What lives within one token's thought. History is a tuple, so that ticks share what they
+    remember."""
     z: Tensor                           # (B, T, D) post-activations
     trace: tuple[Tensor, ...]           # M pre-activations (B, T, D), oldest first
     alpha_out: Tensor                   # (B, T, S) fp32
@@ -349,12 +390,14 @@ class TickState(NamedTuple):
 
 
 class CTMBlock(nn.Module):
-    """The thought about each token: K ticks over u (B, T, D) -> one synchronisation key per tick."""
+    """The thought about each token: K ticks over u (B, T, D) -> one synchronisation key per
+    tick."""
 
     def __init__(self, width: int, c: ThoughtConfig, eps: float):
         super().__init__()
         if width % c.head_dim:
-            raise ValueError(f"the block's head_dim {c.head_dim} must divide the width {width}: choose a divisor of {width}")
+            raise ValueError(f"the block's head_dim {c.head_dim} must divide the width {width}: "
+                             f"choose a divisor of {width}")
         self.config, self.eps = c, eps
         self.q_proj = nn.Linear(c.sync, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)
@@ -367,18 +410,25 @@ class CTMBlock(nn.Module):
         self.sync_out, self.sync_act = Sync(width, c), Sync(width, c)
         self.c_proj = nn.Linear(c.sync, width, bias=False)
         nn.init.normal_(self.c_proj.weight, std=0.1 * c.sync ** -0.5)
-        self.register_buffer("baseline", torch.zeros(c.ticks, c.sync))      # what a blank slate would show, per tick: mean of y_out
-        self.register_buffer("variance", torch.ones(c.ticks, c.sync))       # and around it, on the same text
-        self.register_buffer("mean_surprise", torch.tensor(3.0))            # nats per token of training text
+        # what a blank slate would show, per tick: mean of y_out
+        self.register_buffer("baseline", torch.zeros(c.ticks, c.sync))
+        # and around it, on the same text
+        self.register_buffer("variance", torch.ones(c.ticks, c.sync))
+        self.register_buffer("mean_surprise", torch.tensor(3.0))  # nats per token of training text
         half_lives = torch.logspace(math.log2(16), math.log2(4096), c.sync, base=2).expand(2, -1)
-        self.log_half_life = nn.Parameter(half_lives.log())                 # of what a session carries, in tokens
+        self.log_half_life = nn.Parameter(half_lives.log())  # of what a session carries, in tokens
         # what phase 3 learns for memory.py: which tokens to tell the weights, and what about them
-        self.salience_weight, self.salience_bias = nn.Parameter(torch.zeros(c.sync)), nn.Parameter(torch.zeros(()))
-        self.engram = nn.Parameter(torch.eye(width))                        # U: from embedding space to what is added to h
+        self.salience_weight = nn.Parameter(torch.zeros(c.sync))
+        self.salience_bias = nn.Parameter(torch.zeros(()))
+        # U: from embedding space to what is added to h
+        self.engram = nn.Parameter(torch.eye(width))
         self.log_eta = nn.Parameter(torch.tensor(2.0))                      # strength of a write
-        self.register_buffer("key_moment", torch.eye(c.sync) / c.sync)      # Sigma: second moment of kappa/sqrt(S) on text
-        self.register_buffer("due_moment", torch.eye(c.sync) / c.sync)      # the same where somebody's value is due
-        self.register_buffer("ordinary", torch.zeros(4, 64, dtype=torch.long))      # text by which a write is judged
+        # Sigma: second moment of kappa/sqrt(S) on text
+        self.register_buffer("key_moment", torch.eye(c.sync) / c.sync)
+        # the same where somebody's value is due
+        self.register_buffer("due_moment", torch.eye(c.sync) / c.sync)
+        # text by which a write is judged
+        self.register_buffer("ordinary", torch.zeros(4, 64, dtype=torch.long))
 
     def fresh_sync(self) -> Tensor:
         """m of a fresh session: the start state's own pair products, (2, S): read-out, query."""
@@ -397,23 +447,29 @@ class CTMBlock(nn.Module):
         B, T, D = u.shape
         zero = torch.zeros(B, T, self.config.sync, device=u.device)
 
-        def everywhere(x: Tensor) -> Tensor:                        # of one layout at every tick, so that one compiled tick serves
+        # of one layout at every tick, so that one compiled tick serves
+        def everywhere(x: Tensor) -> Tensor:
             return x.to(u.dtype).expand(B, T, D).contiguous()
-        return TickState(everywhere(self.start_z), tuple(map(everywhere, self.start_trace)), zero, zero.clone(), zero[0, 0], zero[0, 0])
+        return TickState(everywhere(self.start_z), tuple(map(everywhere, self.start_trace)), zero,
+                         zero.clone(), zero[0, 0], zero[0, 0])
 
-    def tick(self, e_k: Tensor, u: Tensor, s: TickState, kv: KV, m: Tensor, places: Places) -> TickState:
-        """One tick, with its embedding e_k (D,), of every token's thought: for training, prefill and decoding alike.
+    def tick(self, e_k: Tensor, u: Tensor, s: TickState, kv: KV, m: Tensor,
+             places: Places) -> TickState:
+        """One tick, with its embedding e_k (D,), of every token's thought: for training, prefill
+        and decoding alike.
 
-        What is observed is what attention finds plus the token's own u (B, T, D): through attention alone, the block has
-        to learn first to look at itself, and loses 50 steps over it (LOG.md).
+        What is observed is what attention finds plus the token's own u (B, T, D): through attention
+        alone, the block has to learn first to look at itself, and loses 50 steps over it (LOG.md).
         """
-        y_act = self.sync_act.read(s.alpha_act, s.beta_act, m[:, 1])                            # (B, T, S)
-        q = self.q_norm(heads(self.q_proj(y_act.to(s.z.dtype)), self.config.head_dim)).transpose(1, 2)
-        seen = places.attend(rotate(q, places.cos, places.sin), *kv)                            # (B, T, D)
+        y_act = self.sync_act.read(s.alpha_act, s.beta_act, m[:, 1])  # (B, T, S)
+        q = self.q_norm(heads(self.q_proj(y_act.to(s.z.dtype)),
+                              self.config.head_dim)).transpose(1, 2)
+        seen = places.attend(rotate(q, places.cos, places.sin), *kv)  # (B, T, D)
         mixed = torch.cat([u + seen, s.z + e_k.to(s.z.dtype)], -1)
         a = s.z + self.synapse(mixed).to(s.z.dtype)
         trace = (*s.trace[1:], a)
-        z = self.nlm(torch.stack([t.flatten(0, 1).T for t in trace], -1)).T.unflatten(0, a.shape[:2]).to(a.dtype)
+        z = self.nlm(torch.stack([t.flatten(0, 1).T for t in trace], -1))
+        z = z.T.unflatten(0, a.shape[:2]).to(a.dtype)
         return TickState(z, trace,
                          self.sync_out.r() * s.alpha_out + self.sync_out.pair(z),
                          self.sync_act.r() * s.alpha_act + self.sync_act.pair(z),
@@ -424,15 +480,18 @@ class CTMBlock(nn.Module):
         return self.sync_out.read(s.alpha_out, s.beta_out, m[:, 0])
 
     def key(self, k: int, y_out: Tensor) -> Tensor:
-        """The key kappa_k = rms((y_out - baseline_k) / sd_k): (..., S) fp32 with unit root mean square.
+        """The key kappa_k = rms((y_out - baseline_k) / sd_k): (..., S) fp32 with unit root mean
+        square.
 
-        Without the division a few loud neurons own the key: one channel of 512 had half of all its power (LOG.md).
+        Without the division a few loud neurons own the key: one channel of 512 had half of all its
+        power (LOG.md).
         """
         return rms((y_out - self.baseline[k]) * torch.rsqrt(self.variance[k] + 1e-4), self.eps)
 
     @torch.no_grad()
     def settle(self, mean: Tensor, square: Tensor, rate: float) -> None:
-        """Move baseline and variance towards those of the y_out just seen, whose mean and mean square these are, (K, S)."""
+        """Move baseline and variance towards those of the y_out just seen, whose mean and mean
+        square these are, (K, S)."""
         self.baseline.lerp_(mean, rate)
         self.variance.lerp_((square - mean * mean).clamp(min=0), rate)
 
@@ -442,10 +501,13 @@ class CTMBlock(nn.Module):
 
 @dataclass
 class Thought:
-    """What the model made of (B, T) tokens. A model without the block thinks one tick, and has no keys.
+    """What the model made of (B, T) tokens. A model without the block thinks one tick, and has no
+    keys.
 
-    hidden       (B, T, K', D)  what the head reads at each tick; K' < K when halting ended every thought early
-    tick_nats    (B, T, K')     cross-entropy of the next token at each tick; NaN where it is unknown or padding
+    hidden       (B, T, K', D)  what the head reads at each tick; K' < K when halting ended every
+                                thought early
+    tick_nats    (B, T, K')     cross-entropy of the next token at each tick; NaN where it is
+                                unknown or padding
     certainty    (B, T, K')     1 - entropy / log V; -1 for ticks after the halt
     read_tick    (B, T)         the most certain tick
     key          (B, T, S)      kappa at the read tick, unit RMS; keys: at every tick (B, T, K', S)
@@ -467,7 +529,8 @@ class Thought:
 
     @property
     def unaided(self) -> "Thought":
-        """What the base model makes of the text by itself: surprise, keys and what is written come from here."""
+        """What the base model makes of the text by itself: surprise, keys and what is written come
+        from here."""
         return self.alone or self
 
     def at_read_tick(self, per_tick: Tensor) -> Tensor:
@@ -484,13 +547,15 @@ class Thought:
 
     @property
     def logits(self) -> Tensor:
-        """(B, T, V) fp32 at the read tick; computed when asked for, since V is what costs memory."""
+        """(B, T, V) fp32 at the read tick; computed when asked for, since V is what costs
+        memory."""
         return self.model.head(self.at_read_tick(self.hidden)).float()
 
 
 def at_tick(per_tick: Tensor, tick: Tensor) -> Tensor:
     """per_tick (B, T, K, ...), tick (B, T) -> (B, T, ...)"""
-    index = tick.view(*tick.shape, *[1] * (per_tick.dim() - 2)).expand(*tick.shape, 1, *per_tick.shape[3:])
+    index = tick.view(*tick.shape, *[1] * (per_tick.dim() - 2))
+    index = index.expand(*tick.shape, 1, *per_tick.shape[3:])
     return per_tick.gather(2, index).squeeze(2)
 
 
@@ -504,7 +569,7 @@ class Ticks(NamedTuple):
     h: Tensor                           # (B, T, D) the residual stream that the block adds to
     out: Tensor                         # (B, T, K', D) what it adds by itself, without a memory
     keys: Tensor | None                 # (B, T, K', S) kappa
-    y_out: list[Tensor] | None          # K' times (B, T, S), the same before centring, for the baseline
+    y_out: list[Tensor] | None  # K' times (B, T, S), the same before centring, for the baseline
     delta_alpha: Tensor | None          # (B, T, 2, S) sums at a token's last tick: read-out, query
     delta_beta: Tensor | None
     cache: Cache
@@ -515,7 +580,8 @@ class Ticks(NamedTuple):
 def mean_and_square(ticks: Ticks) -> Tensor:
     """(2, K, S): mean of y_out over real tokens and of its square, for CTMBlock.settle."""
     real = [y[ticks.real] for y in ticks.y_out]
-    return torch.stack([torch.stack([y.mean(0) for y in real]), torch.stack([y.pow(2).mean(0) for y in real])])
+    return torch.stack([torch.stack([y.mean(0) for y in real]),
+                        torch.stack([y.pow(2).mean(0) for y in real])])
 
 
 def successors(tokens: Tensor) -> Tensor:
@@ -525,63 +591,78 @@ def successors(tokens: Tensor) -> Tensor:
 
 
 class NanoCTM(nn.Module):
-    """A Qwen3 backbone and what stands in its last layer: "ctm", its own "ffn", or "none" (the layer deleted)."""
+    """A Qwen3 backbone and what stands in its last layer: "ctm", its own "ffn", or "none" (the
+    layer deleted)."""
 
-    def __init__(self, backbone: BackboneConfig, thought: ThoughtConfig | None = None, block: str = "ctm"):
+    def __init__(self, backbone: BackboneConfig, thought: ThoughtConfig | None = None,
+                 block: str = "ctm"):
         super().__init__()
         if block not in ("ctm", "ffn", "none"):
-            raise ValueError(f"expected block 'ctm', 'ffn' or 'none', found {block!r}: choose one of the three")
+            raise ValueError(f"expected block 'ctm', 'ffn' or 'none', found {block!r}: choose one "
+                             "of the three")
         self.backbone, self.block = Backbone(backbone), block
-        self.ctm = CTMBlock(backbone.hidden_size, thought or ThoughtConfig(), backbone.rms_norm_eps) if block == "ctm" else None
+        self.ctm = CTMBlock(backbone.hidden_size, thought or ThoughtConfig(),
+                            backbone.rms_norm_eps) if block == "ctm" else None
         self.checkpoint_ticks = False
 
     # -- the forward pass, in three steps: trunk, ticks, measure
 
-    def trunk(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor, Places, Cache]:
-        """tokens (B, T), padding < 0 -> h, u (B, T, D), the block's places, the cache with these tokens in it."""
+    def trunk(self, tokens: Tensor, cache: Cache | None = None
+              ) -> tuple[Tensor, Tensor, Places, Cache]:
+        """tokens (B, T), padding < 0 -> h, u (B, T, D), the block's places, the cache with these
+        tokens in it."""
         cache, c = cache or Cache(), self.backbone.config
         block_dim = self.ctm.config.head_dim if self.ctm else c.head_dim
         here, places, real = cache.places(tokens, (c.head_dim, block_dim), c.rope_theta)
         h, u, layers = self.backbone(tokens, here, cache)
         return h, u, places, Cache(layers, cache.block, real)
 
-    def ticks(self, h: Tensor, u: Tensor, places: Places, cache: Cache, halt: float | None = None, m: Tensor | None = None,
+    def ticks(self, h: Tensor, u: Tensor, places: Places, cache: Cache, halt: float | None = None,
+              m: Tensor | None = None,
               where: Tensor | None = None) -> Ticks:
         """Think about u. m (B, 2, S): what the session has synchronised; None: a fresh session.
 
-        With `halt`, stops when every token has passed it; which ticks count per token is `think`'s affair. With
-        `where` (B, n), only these positions think: no thought reads another's ticks, so training can skip the rest.
+        With `halt`, stops when every token has passed it; which ticks count per token is `think`'s
+        affair. With `where` (B, n), only these positions think: no thought reads another's ticks,
+        so training can skip the rest.
         """
         real = cache.real[:, -u.shape[1]:]
         if where is not None:
             real = real.gather(1, where)
         h, asking = (h, u) if where is None else (take(h, where), take(u, where))
-        with torch.autocast(u.device.type, torch.bfloat16, enabled=u.dtype == torch.bfloat16):   # the block's weights are fp32
+        # the block's weights are fp32
+        with torch.autocast(u.device.type, torch.bfloat16, enabled=u.dtype == torch.bfloat16):
             if self.ctm is None:
-                out = self.backbone.layers[-1].mlp(asking) if self.block == "ffn" else torch.zeros_like(asking)
+                out = (self.backbone.layers[-1].mlp(asking) if self.block == "ffn"
+                       else torch.zeros_like(asking))
                 return Ticks(h, out[:, :, None], None, None, None, None, cache, real)
             return self._ticks(h, asking, u, places, cache, real, halt, m, where)
 
-    def _ticks(self, h: Tensor, asking: Tensor, u: Tensor, places: Places, cache: Cache, real: Tensor, halt: float | None,
+    def _ticks(self, h: Tensor, asking: Tensor, u: Tensor, places: Places, cache: Cache,
+               real: Tensor, halt: float | None,
                m: Tensor | None, where: Tensor | None) -> Ticks:
         ctm = self.ctm
-        m = (ctm.fresh_sync().expand(len(u), -1, -1) if m is None else m)[:, :, None]           # (B, 2, 1, S)
+        # (B, 2, 1, S)
+        m = (ctm.fresh_sync().expand(len(u), -1, -1) if m is None else m)[:, :, None]
         kv = ctm.keys_values(u, places, cache.block)
         places = places if where is None else places.at(where)
         state, y_out, keys, outs, alpha, beta = ctm.start(asking), [], [], [], None, None
         running = real
         for k in range(ctm.config.ticks):
             if self.checkpoint_ticks and torch.is_grad_enabled():
-                state = checkpoint(ctm.tick, ctm.tick_embedding[k], asking, state, kv, m, places, use_reentrant=False)
+                state = checkpoint(ctm.tick, ctm.tick_embedding[k], asking, state, kv, m, places,
+                                   use_reentrant=False)
             else:
                 state = ctm.tick(ctm.tick_embedding[k], asking, state, kv, m, places)
             y_out.append(ctm.raw_key(state, m))
             keys.append(ctm.key(k, y_out[-1]))
             outs.append(ctm.c_proj(keys[-1].to(h.dtype)).to(h.dtype))
             if halt is not None or k == ctm.config.ticks - 1:
-                a, b = torch.stack([state.alpha_out, state.alpha_act], 2), torch.stack([state.beta_out, state.beta_act])
+                a, b = torch.stack([state.alpha_out, state.alpha_act],
+                                   2), torch.stack([state.beta_out, state.beta_act])
                 alpha = a if alpha is None else torch.where(running[..., None, None], a, alpha)
-                beta = b.expand_as(a) if beta is None else torch.where(running[..., None, None], b, beta)
+                beta = (b.expand_as(a) if beta is None
+                        else torch.where(running[..., None, None], b, beta))
             if halt is not None:
                 running = running & (self.score(h + outs[-1])[0] < halt)
                 if not running.any():
@@ -594,14 +675,17 @@ class NanoCTM(nn.Module):
         return F.linear(self.backbone.norm(hidden), self.backbone.embed_tokens.weight)
 
     def rows_at_once(self, hidden: Tensor) -> int:
-        """How many rows of logits to hold at a time: what fits a CPU's cache, or 256 MB of a GPU."""
+        """How many rows of logits to hold at a time: what fits a CPU's cache, or 256 MB of a
+        GPU."""
         return max(1, HEAD_ENTRIES[hidden.device.type] // self.backbone.config.vocab_size)
 
     @torch.no_grad()
     def score(self, hidden: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """hidden (..., D), targets (...) -> certainty and nats, both (...) fp32. In pieces: logits are never all there."""
+        """hidden (..., D), targets (...) -> certainty and nats, both (...) fp32. In pieces: logits
+        are never all there."""
         flat, V = hidden.reshape(-1, hidden.shape[-1]), self.backbone.config.vocab_size
-        wanted = torch.zeros(len(flat), dtype=torch.long, device=flat.device) if targets is None else targets.reshape(-1)
+        wanted = (torch.zeros(len(flat), dtype=torch.long, device=flat.device) if targets is None
+                  else targets.reshape(-1))
         certainty, nats = [], []
         n = self.rows_at_once(flat)
         for piece, target in zip(flat.split(n), wanted.split(n)):
@@ -610,21 +694,26 @@ class NanoCTM(nn.Module):
             certainty.append(1 + (log_p.exp() * log_p).sum(-1) / math.log(V))
         return torch.cat(certainty).view(hidden.shape[:-1]), torch.cat(nats).view(hidden.shape[:-1])
 
-    def measure(self, t: Ticks, targets: Tensor, plastic: Tensor | None = None, halt: float | None = None) -> Thought:
-        """Ask every tick how certain it is, and read. targets (B, T), -1 unknown; plastic (D, S), or (B, D, S)
-        with one for each row: W_m beside c_proj.
+    def measure(self, t: Ticks, targets: Tensor, plastic: Tensor | None = None,
+                halt: float | None = None) -> Thought:
+        """Ask every tick how certain it is, and read. targets (B, T), -1 unknown; plastic (D, S),
+        or (B, D, S) with one for each row: W_m beside c_proj.
 
-        Where thinking halts is decided without the memory, so that no sum and no key depends on what is stored.
+        Where thinking halts is decided without the memory, so that no sum and no key depends on
+        what is stored.
         """
         alone = self._read(t, t.h[:, :, None] + t.out, targets, halt, None)
         if plastic is None or self.ctm is None:
             return alone
-        aid = (t.keys.flatten(1, 2) @ plastic.mT).unflatten(1, t.keys.shape[1:3]) / math.sqrt(self.ctm.config.sync)
-        aided = self._read(t, t.h[:, :, None] + (t.out + aid.to(t.out.dtype)), targets, None, alone.certainty < 0)
+        aid = ((t.keys.flatten(1, 2) @ plastic.mT).unflatten(1, t.keys.shape[1:3])
+               / math.sqrt(self.ctm.config.sync))
+        aided = self._read(t, t.h[:, :, None] + (t.out + aid.to(t.out.dtype)), targets, None,
+                           alone.certainty < 0)
         aided.alone = alone
         return aided
 
-    def _read(self, t: Ticks, hidden: Tensor, targets: Tensor, halt: float | None, unthought: Tensor | None) -> Thought:
+    def _read(self, t: Ticks, hidden: Tensor, targets: Tensor, halt: float | None,
+              unthought: Tensor | None) -> Thought:
         K = hidden.shape[2]
         targets = targets[:, :, None].expand(-1, -1, K)
         certainty, nats = self.score(hidden, targets.clamp(min=0))
@@ -634,73 +723,92 @@ class NanoCTM(nn.Module):
             unthought = torch.arange(K, device=hidden.device) > last[..., None]
         if unthought is not None:
             certainty = certainty.masked_fill(unthought, -1.0)
-        return Thought(hidden, nats.masked_fill(targets < 0, float("nan")), certainty, certainty.argmax(-1), t.keys,
+        return Thought(hidden, nats.masked_fill(targets < 0, float("nan")), certainty,
+                       certainty.argmax(-1), t.keys,
                        t.delta_alpha, t.delta_beta, t.cache, t.real, self)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None, plastic: Tensor | None = None, halt: float | None = None,
+    def forward(self, tokens: Tensor, cache: Cache | None = None, plastic: Tensor | None = None,
+                halt: float | None = None,
                 m: Tensor | None = None, where: Tensor | None = None) -> Thought:
-        """Read (B, T) tokens (padding < 0), after those in `cache`, and think about each. See Thought and DESIGN §2.
+        """Read (B, T) tokens (padding < 0), after those in `cache`, and think about each. See
+        Thought and DESIGN §2.
 
-        plastic (D, S) or (B, D, S): a memory W_m written beside c_proj. halt in (0, 1): stop at the first tick at least that certain.
-        m (B, 2, S): session sync to start from. where (B, n): only these positions think, and T below is n. Everything
-        is per row; tokens are int64.
+        plastic (D, S) or (B, D, S): a memory W_m written beside c_proj. halt in (0, 1): stop at the
+        first tick at least that certain. m (B, 2, S): session sync to start from. where (B, n):
+        only these positions think, and T below is n. Everything is per row; tokens are int64.
         """
         t = self.ticks(*self.trunk(tokens, cache), halt, m, where)
         targets = successors(tokens)
-        return self.measure(t, targets if where is None else targets.gather(1, where), plastic, halt)
+        return self.measure(t, targets if where is None else targets.gather(1, where),
+                            plastic, halt)
 
     # -- learning signal
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """hidden (N, D) -> nats (N,) with gradient; logits are recomputed piece by piece backwards.
 
-        targets: what came (N,), or what a teacher's head reads (N, D), whose prediction is then the soft target.
+        targets: what came (N,), or what a teacher's head reads (N, D), whose prediction is then the
+        soft target.
         """
         def piece(h: Tensor, t: Tensor) -> Tensor:
-            return F.cross_entropy(self.head(h).float(), t if t.dim() == 1 else self.head(t).float().softmax(-1), reduction="none")
+            return F.cross_entropy(self.head(h).float(), t if t.dim() == 1
+                                   else self.head(t).float().softmax(-1), reduction="none")
         n = self.rows_at_once(hidden)
-        return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in zip(hidden.split(n), targets.split(n))])
+        return torch.cat([checkpoint(piece, h, t, use_reentrant=False)
+                          for h, t in zip(hidden.split(n), targets.split(n))])
 
-    def tick_loss(self, thought: Thought, targets: Tensor, weight: Tensor, other: str = "any", teacher: Tensor | None = None,
+    def tick_loss(self, thought: Thought, targets: Tensor, weight: Tensor, other: str = "any",
+                  teacher: Tensor | None = None,
                   ) -> tuple[Tensor, dict[str, float]]:
-        """½ nats at the most certain tick + ½ nats at another one, as a weighted mean over weight > 0.
+        """½ nats at the most certain tick + ½ nats at another one, as a weighted mean over weight >
+        0.
 
-        other "best": the tick of the lowest nats, as the CTM does it (eq. 12). On text, whose next token is never certain,
-        eight guesses then learn to differ, and the tick that is read pays for it (LOG.md). other "any": a tick drawn by
-        chance, so that in the mean every tick learns to predict.
+        other "best": the tick of the lowest nats, as the CTM does it (eq. 12). On text, whose next
+        token is never certain, eight guesses then learn to differ, and the tick that is read pays
+        for it (LOG.md). other "any": a tick drawn by chance, so that in the mean every tick learns
+        to predict.
 
-        targets (B, T) int64, weight (B, T); teacher (B, T, D): what another head would read, taught half and half with
-        the targets. Selection needs no gradient; it flows through the two chosen ticks. Returns the loss, and the
-        unweighted nats and mean tick of reading.
+        targets (B, T) int64, weight (B, T); teacher (B, T, D): what another head would read, taught
+        half and half with the targets. Selection needs no gradient; it flows through the two chosen
+        ticks. Returns the loss, and the unweighted nats and mean tick of reading.
         """
         where = weight > 0
-        target, w, hidden, read = targets[where], weight[where], thought.hidden[where], thought.read_tick[where]
+        target, w, hidden, read = (targets[where], weight[where], thought.hidden[where],
+                                   thought.read_tick[where])
         n, K = hidden.shape[:2]
-        companion = thought.tick_nats[where].argmin(-1) if other == "best" else torch.randint(K, (n,)).to(hidden.device)
+        companion = (thought.tick_nats[where].argmin(-1) if other == "best"
+                     else torch.randint(K, (n,)).to(hidden.device))
         rows = torch.arange(n, device=hidden.device).repeat(2)
-        both = hidden[rows, torch.cat([companion, read])]           # the same tick twice where K is 1
+        both = hidden[rows, torch.cat([companion, read])]  # the same tick twice where K is 1
         nats = self.cross_entropy(both, target.repeat(2)).view(2, n)
         loss = nats.mean(0)
         if teacher is not None:
-            loss = (loss + self.cross_entropy(both, teacher[where].repeat(2, 1)).view(2, n).mean(0)) / 2
-        return (loss * w).sum() / w.sum(), {"nats": nats[-1].mean().item(), "read_tick": read.float().mean().item()}
+            taught = self.cross_entropy(both, teacher[where].repeat(2, 1))
+            loss = (loss + taught.view(2, n).mean(0)) / 2
+        return (loss * w).sum() / w.sum(), {"nats": nats[-1].mean().item(),
+                                            "read_tick": read.float().mean().item()}
 
 
 HEAD_ENTRIES = {"cpu": 2**18, "cuda": 2**26, "meta": 2**26}         # logits held at once
 
 
 def flops_per_token(b: BackboneConfig, c: ThoughtConfig, T: int) -> dict[str, int]:
-    """FLOPs of one token's forward pass in a window of T: matrix products only, 2 per multiply-add, attention over all
-    T positions (a causal kernel does half). `block_*` are the parts of `block`. Certainty is read off the LM head at
-    every tick: the block's cost, but for the one reading, `head`, that every model needs."""
+    """FLOPs of one token's forward pass in a window of T: matrix products only, 2 per multiply-add,
+    attention over all T positions (a causal kernel does half). `block_*` are the parts of `block`.
+    Certainty is read off the LM head at every tick: the block's cost, but for the one reading,
+    `head`, that every model needs."""
     D, K, S, h = b.hidden_size, c.ticks, c.sync, c.nlm_hidden
     q, kv = b.num_attention_heads * b.head_dim, b.num_key_value_heads * b.head_dim
     with torch.device("meta"):
         synapse = sum(2 * p.numel() for n, p in UNet(D, c).named_parameters() if p.dim() == 2)
-    parts = {"block_synapse": K * synapse, "block_nlm": K * D * 4 * (c.history * h + h), "block_attention": K * 4 * T * D,
-             "block_projections": K * 4 * S * D + 4 * D * D, "block_reading": (K - 1) * 2 * D * b.vocab_size}
-    trunk = b.num_hidden_layers * (4 * D * (q + kv) + 4 * T * q) + (b.num_hidden_layers - 1) * 6 * D * b.intermediate_size
-    return {"trunk": trunk, "ffn": 6 * D * b.intermediate_size, "block": sum(parts.values()), **parts,
+    parts = {"block_synapse": K * synapse, "block_nlm": K * D * 4 * (c.history * h + h),
+             "block_attention": K * 4 * T * D,
+             "block_projections": K * 4 * S * D + 4 * D * D,
+             "block_reading": (K - 1) * 2 * D * b.vocab_size}
+    trunk = (b.num_hidden_layers * (4 * D * (q + kv) + 4 * T * q) + (b.num_hidden_layers - 1) * 6
+             * D * b.intermediate_size)
+    return {"trunk": trunk, "ffn": 6 * D * b.intermediate_size, "block": sum(parts.values()),
+            **parts,
             "head": 2 * D * b.vocab_size}
 
 
@@ -708,91 +816,112 @@ def flops_per_token(b: BackboneConfig, c: ThoughtConfig, T: int) -> dict[str, in
 # generation
 
 class Spoken(NamedTuple):
-    """One generated token per row, with the tick it was read at and how certain the model was; -1 after a row's end."""
+    """One generated token per row, with the tick it was read at and how certain the model was; -1
+    after a row's end."""
     token: Tensor               # (B,)
     tick: Tensor                # (B,)
     certainty: Tensor           # (B,)
-    cache: Cache                # everything read before this token: with it, the conversation can go on
+    cache: Cache  # everything read before this token: with it, the conversation can go on
     hidden: Tensor              # (B, D) what the head read
     unaided: Tensor             # (B, D) the same without a memory
     key: Tensor | None          # (B, S) kappa
 
 
 @torch.no_grad()
-def generate(model: NanoCTM, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
+def generate(model: NanoCTM, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0,
+             top_k: int = 0,
              stop: int | None = None, halt: float | None = None, plastic: Tensor | None = None,
-             generator: torch.Generator | None = None, cache: Cache | None = None, session=None, own: int = 0) -> Iterator[Spoken]:
-    """Continue each row of tokens (B, T), padded on the left with -1, after those in `cache`; yield one Spoken per step.
+             generator: torch.Generator | None = None, cache: Cache | None = None, session=None,
+             own: int = 0) -> Iterator[Spoken]:
+    """Continue each row of tokens (B, T), padded on the left with -1, after those in `cache`; yield
+    one Spoken per step.
 
-    session: a SessionMemory (memory.py) that reads along, however long; the first `own` tokens are what the model had said
-    itself.
-    Temperature 0 is greedy. Ends when every row has said `stop`. Raises ValueError when the context is too short.
+    session: a SessionMemory (memory.py) that reads along, however long; the first `own` tokens are
+    what the model had said itself. Temperature 0 is greedy. Ends when every row has said `stop`.
+    Raises ValueError when the context is too short.
     """
     if max_new_tokens < 1 or temperature < 0 or top_k < 0:
-        raise ValueError(f"expected max_new_tokens > 0, temperature >= 0 and top_k >= 0, found {max_new_tokens}, {temperature} "
+        raise ValueError("expected max_new_tokens > 0, temperature >= 0 and top_k >= 0, found "
+                         f"{max_new_tokens}, {temperature} "
                          f"and {top_k}: change them")
     room = model.backbone.config.max_position_embeddings - (cache.real.shape[1] if cache else 0)
     longest = int((tokens >= 0).sum(1).max())
     if not longest or (session is None and longest + max_new_tokens > room):
-        raise ValueError(f"expected a prompt of 1 to {room - max_new_tokens} tokens (room for {room} in the context, "
-                         f"{max_new_tokens} to generate), found {longest}: shorten the prompt or lower max_new_tokens")
+        raise ValueError(f"expected a prompt of 1 to {room - max_new_tokens} tokens (room for "
+                         f"{room} in the context, "
+                         f"{max_new_tokens} to generate), found {longest}: shorten the prompt or "
+                         "lower max_new_tokens")
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         if session is not None:
             thought = session.read(tokens, cache or Cache(), plastic, halt, own)
-        else:                                                       # nothing is carried: only the last token thinks
-            at_end = torch.full_like(tokens[:, :1], tokens.shape[1] - 1) if tokens.shape[1] > 1 else None
+        else:  # nothing is carried: only the last token thinks
+            at_end = (torch.full_like(tokens[:, :1], tokens.shape[1] - 1) if tokens.shape[1] > 1
+                      else None)
             thought = model(tokens, cache, plastic, halt, where=at_end)
         last = thought.read_tick[:, -1:]
-        hidden, unaided, key = (x if x is None else at_tick(x[:, -1:], last)[:, 0] for x in (thought.hidden, thought.unaided.hidden, thought.keys))
+        hidden, unaided, key = (x if x is None else at_tick(x[:, -1:], last)[:, 0]
+                                for x in (thought.hidden, thought.unaided.hidden, thought.keys))
         logits = model.head(hidden).float()
         token = pick(logits, temperature, top_k, generator).masked_fill(ended, -1)
-        yield Spoken(token, last[:, 0], at_tick(thought.certainty[:, -1:], last)[:, 0], thought.cache, hidden, unaided, key)
+        yield Spoken(token, last[:, 0], at_tick(thought.certainty[:, -1:], last)[:, 0],
+                     thought.cache, hidden, unaided, key)
         ended = ended | (token == stop) if stop is not None else ended
         if ended.all():
             return
         tokens, cache, own = token.masked_fill(ended, -1)[:, None], thought.cache, 1
 
 
-def pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> Tensor:
+def pick(logits: Tensor, temperature: float, top_k: int,
+         generator: torch.Generator | None) -> Tensor:
     """logits (B, V) -> token ids (B,)"""
     if temperature == 0:
         return logits.argmax(-1)
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+        logits = logits.masked_fill(logits
+            < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
-def replies(model: NanoCTM, tokenizer, prompts: list[str], max_new_tokens: int = 24, **settings) -> list[str]:
+def replies(model: NanoCTM, tokenizer, prompts: list[str], max_new_tokens: int = 24,
+            **settings) -> list[str]:
     """Greedy answers to many prompts at once, up to the end of the turn."""
     ids = [tokenizer.encode(p) for p in prompts]
     width, device = max(map(len, ids)), model.backbone.embed_tokens.weight.device
     tokens = torch.tensor([[-1] * (width - len(i)) + i for i in ids], device=device)
-    steps = [s.token for s in generate(model, tokens, max_new_tokens, stop=tokenizer.im_end, **settings)]
-    return [tokenizer.decode([t for t in row if t >= 0 and t != tokenizer.im_end]) for row in torch.stack(steps, 1).tolist()]
+    steps = [s.token for s
+             in generate(model, tokens, max_new_tokens, stop=tokenizer.im_end, **settings)]
+    return [tokenizer.decode([t for t in row if t >= 0 and t != tokenizer.im_end])
+            for row in torch.stack(steps, 1).tolist()]
 
 
 # -----------------------------------------------------------------------------
 # loading and saving
 
 def choose_device(name: str) -> str:
-    """"cpu" or "cuda", the latter by itself where there is one. ValueError in one line for anything else."""
+    """"cpu" or "cuda", the latter by itself where there is one. ValueError in one line for anything
+    else."""
     if name not in ("", "cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"expected device cpu, or cuda where there is one, found {name!r}: leave it empty to choose by itself")
+        raise ValueError(f"expected device cpu, or cuda where there is one, found {name!r}: leave "
+                         "it empty to choose by itself")
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_backbone(name: str, **settings) -> NanoCTM:
-    """A Hugging Face Qwen3 folder or hub name -> NanoCTM around it (settings as NanoCTM's; block "ffn" by default).
+    """A Hugging Face Qwen3 folder or hub name -> NanoCTM around it (settings as NanoCTM's; block
+    "ffn" by default).
 
-    Weights keep the checkpoint's dtype. Raises ValueError with one line when it is missing, foreign or damaged.
+    Weights keep the checkpoint's dtype. Raises ValueError with one line when it is missing, foreign
+    or damaged.
     """
     folder = Path(name)
     if not folder.is_dir():
         folder = _download(name)
     if not (folder / "config.json").is_file() or not list(folder.glob("model*.safetensors")):
-        raise ValueError(f"expected config.json and model*.safetensors in {folder}, found neither or one: "
-                         f"run `python train.py config/tiny_phase1.py` first, or name a Qwen3 checkpoint")
+        raise ValueError(f"expected config.json and model*.safetensors in {folder}, found neither "
+                         "or one: "
+                         "run `python train.py config/tiny_phase1.py` first, or name a Qwen3 "
+                         "checkpoint")
     model = NanoCTM(BackboneConfig.from_json(folder), **({"block": "ffn"} | settings))
     tensors = {}
     for path in sorted(folder.glob("model*.safetensors")):
@@ -809,37 +938,46 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors"]))
     except (OSError, HFValidationError, ValueError) as e:
-        raise ValueError(f"expected a Qwen3 folder or a reachable Hugging Face name, found {name!r} ({type(e).__name__}): "
-                         f"check the path or the network; for the tiny world run `python train.py config/tiny_phase1.py` first") from None
+        raise ValueError("expected a Qwen3 folder or a reachable Hugging Face name, found "
+                         f"{name!r} ({type(e).__name__}): "
+                         "check the path or the network; for the tiny world run `python train.py "
+                         "config/tiny_phase1.py` first") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """-> tensors by name, metadata. One line on a missing or damaged file."""
     if not path.is_file():
-        raise ValueError(f"expected weights at {path}, found none: check the path, or train them first (see README)")
+        raise ValueError(f"expected weights at {path}, found none: check the path, or train them "
+                         "first (see README)")
     try:
         with safe_open(path, "pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
     except SafetensorError as e:
-        raise ValueError(f"{path}: expected a whole safetensors file, found a damaged one ({e}): download or train it again") from None
+        raise ValueError(f"{path}: expected a whole safetensors file, found a damaged one ({e}): "
+                         "download or train it again") from None
 
 
 def _put(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     """Copy tensors into a module and insist that names and shapes agree exactly."""
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [f"{k} {tuple(tensors[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & tensors.keys()
+    shapes = [f"{k} {tuple(tensors[k].shape)} for {tuple(own[k].shape)}"
+              for k in own.keys() & tensors.keys()
               if own[k].shape != tensors[k].shape]
     if missing or unexpected or shapes:
-        raise ValueError(f"{where}: expected the keys and shapes of this model, found missing {missing[:4]}, unexpected "
-                         f"{unexpected[:4]}, misshaped {shapes[:4]}: these weights belong to another model")
+        raise ValueError(f"{where}: expected the keys and shapes of this model, found missing "
+                         f"{missing[:4]}, unexpected "
+                         f"{unexpected[:4]}, misshaped {shapes[:4]}: these weights belong to "
+                         "another model")
     module.load_state_dict(tensors)
 
 
 def save_backbone(model: NanoCTM, folder: Path) -> None:
-    """Write a Hugging Face Qwen3 folder that `transformers` reads as well; the tied head is not written twice."""
+    """Write a Hugging Face Qwen3 folder that `transformers` reads as well; the tied head is not
+    written twice."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({f"model.{k}": v.contiguous() for k, v in model.backbone.state_dict().items()}, folder / "model.safetensors",
+    save_file({f"model.{k}": v.contiguous() for k, v in model.backbone.state_dict().items()},
+              folder / "model.safetensors",
               {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model.backbone.config.to_json(), indent=1))
 
@@ -849,27 +987,31 @@ def fingerprint(module: nn.Module, without: str = " ") -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if not name.startswith(without):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode()
+                + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def backbone_hash(model: NanoCTM) -> str:
     """Fingerprint of the frozen weights below the block, so that a graft finds its own base."""
-    return fingerprint(model.backbone, without=f"layers.{model.backbone.config.num_hidden_layers - 1}.mlp")
+    return fingerprint(model.backbone,
+                       without=f"layers.{model.backbone.config.num_hidden_layers - 1}.mlp")
 
 
 def block_module(model: NanoCTM) -> nn.Module:
     return model.ctm if model.block == "ctm" else model.backbone.layers[-1].mlp
 
 
-SYMMETRIC = ("key_moment", "due_moment")    # a file holds the lower triangle, or the diagonal until measured
+# a file holds the lower triangle, or the diagonal until measured
+SYMMETRIC = ("key_moment", "due_moment")
 
 
 def save_graft(model: NanoCTM, path: Path, **notes: str) -> None:
     """Write what stands in the last layer, alone, with its shape and its base's fingerprint."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = asdict(model.ctm.config) if model.ctm else {}
-    about = {"block": model.block, "thought": json.dumps(shape), "backbone": backbone_hash(model), **notes}
+    about = {"block": model.block, "thought": json.dumps(shape), "backbone": backbone_hash(model),
+             **notes}
     tensors = {k: v.contiguous() for k, v in block_module(model).state_dict().items()}
     for name in tensors.keys() & set(SYMMETRIC):
         whole, diagonal = tensors[name], tensors[name].diag()
@@ -879,7 +1021,8 @@ def save_graft(model: NanoCTM, path: Path, **notes: str) -> None:
 
 
 def load_graft(base: str, path: Path) -> NanoCTM:
-    """A backbone with a saved graft (or a saved FFN) in its last layer; ValueError when they do not belong together."""
+    """A backbone with a saved graft (or a saved FFN) in its last layer; ValueError when they do not
+    belong together."""
     tensors, about = read_tensors(Path(path))
     if not {"block", "thought", "backbone"} <= about.keys():
         raise ValueError(f"{path}: expected a graft of this project, found other weights: "
@@ -887,16 +1030,19 @@ def load_graft(base: str, path: Path) -> NanoCTM:
     thought = ThoughtConfig(**json.loads(about["thought"])) if about["block"] == "ctm" else None
     model = load_backbone(base, thought=thought, block=about["block"])
     if (found := backbone_hash(model)) != about["backbone"]:
-        raise ValueError(f"{path}: expected the base it was trained on ({about['backbone']}), found {found} in {base}: "
+        raise ValueError(f"{path}: expected the base it was trained on ({about['backbone']}), "
+                         f"found {found} in {base}: "
                          f"use the backbone that belongs to it")
     for name in tensors.keys() & set(SYMMETRIC):
         tensors[name] = symmetric(tensors[name], thought.sync)
-    _put(block_module(model).float(), tensors, str(path))           # what was trained is fp32, whatever its base is
+    # what was trained is fp32, whatever its base is
+    _put(block_module(model).float(), tensors, str(path))
     return model
 
 
 def symmetric(packed: Tensor, n: int) -> Tensor:
-    """(n,), a diagonal, or (n (n + 1) / 2,), a lower triangle row by row -> (n, n); anything else as it is."""
+    """(n,), a diagonal, or (n (n + 1) / 2,), a lower triangle row by row -> (n, n); anything else
+    as it is."""
     if packed.shape == (n,):
         return packed.diag()
     if packed.shape != (n * (n + 1) // 2,):

@@ -2,13 +2,16 @@
 
     python sample.py --start="The following" --max_new_tokens=40
     python sample.py --chat --start="Marvas keeps a goat." --show=ticks
-    python sample.py --memory on --memory_dir=mem --start="Marvas keeps a goat."        # one session, written at its end
-    python sample.py --memory on --memory_dir=mem --start="What does Marvas keep?"      # another process, days later
-    python sample.py --memory on --memory_dir=mem               # a conversation on standard input; /help shows its commands
-    python sample.py --memory_dir=mem --sessions                    # also --show_session=ID --forget=ID|all --export_to=F --import_from=F
+    # one session, written at its end; then another process, days later
+    python sample.py --memory on --memory_dir=mem --start="Marvas keeps a goat."
+    python sample.py --memory on --memory_dir=mem --start="What does Marvas keep?"
+    python sample.py --memory on --memory_dir=mem       # standard input; /help shows its commands
+    # also --show_session=ID --forget=ID|all --export_to=F --import_from=F
+    python sample.py --memory_dir=mem --sessions
 
-With --memory a session is a chat. What surprised it is written into the weights when it ends, be that by an empty line, the
-end of the input or Ctrl-C. --memory read-only answers from the memory and never writes a byte.
+With --memory a session is a chat. What surprised it is written into the weights when it ends, be
+that by an empty line, the end of the input or Ctrl-C. --memory read-only answers from the memory
+and never writes a byte.
 """
 import json
 import sys
@@ -30,12 +33,12 @@ graft = "weights/graft.safetensors"     # what stands in its last layer; "" for 
 tokenizer = "weights"       # a folder with ranks.json, or a Hugging Face name
 start = ""                  # the text to continue, or in a chat the first thing you say
 chat = False                # a conversation; without --start it reads lines from standard input
-show = ""                   # "ticks": a line per token with the tick it was read at and how sure the model was; "why": after each answer,
-                            # a line of JSON: what of each token's logit came from which remembered session
-memory = "off"              # on remembers this session, read-only answers from what is remembered, off does neither
+show = ""                   # "ticks": per token the tick read and how sure the model was; "why":
+                            # after each answer a line of JSON: which session gave what of a logit
+memory = "off"              # on remembers this session, read-only answers and keeps nothing
 memory_dir = "memory"       # the store
-max_drift = 0.5             # nats that a session may cost ordinary text at most, or it is not written
-warm = False                # begin like the nearest remembered session was thinking; then what is written depends on what was
+max_drift = 0.5             # nats a session may cost ordinary text, or it is not written
+warm = False                # begin as the nearest session thought; what is written depends on it
 sessions = False            # list what is remembered, and stop
 show_session = ""           # a session's id: what it told the weights, token by token, and stop
 forget = ""                 # a session's id, or "all": forget it, and stop
@@ -53,36 +56,42 @@ device = ""                 # "" picks cuda when there is one
 # speaking
 
 class Speaker:
-    """A model with its words, its chance and, when it remembers, its session and the memory beside its weights."""
+    """A model with its words, its chance and, when it remembers, its session and the memory beside
+    its weights."""
 
     def __init__(self, model: NanoCTM, words: data.Tokenizer, store: Store | None):
         self.model, self.words, self.store = model, words, store
         self.device = model.backbone.embed_tokens.weight.device
         self.chance = torch.Generator(self.device).manual_seed(seed)
         self.session = SessionMemory(model, 1) if store else None
-        self.heard: list[int] = []                                  # every token of the session that was read
+        self.heard: list[int] = []                                  # every token that was read
         self.cache: Cache | None = None
         self.last: list[Spoken] = []                                # the last answer
 
     def say(self, tokens: list[int], stop: int, own: int = 0) -> int:
-        """Print what follows `tokens` as it comes; -> the last token, which was only said, never read."""
+        """Print what follows `tokens` as it comes; -> the last token, which was only said, never
+        read."""
         said, shown, self.last = [], "", []
         self.heard += tokens
         plastic = self.store.plastic() if self.store else None
-        for last in generate(self.model, torch.tensor([tokens], device=self.device), max_new_tokens, temperature, top_k, stop, halt or None,
+        for last in generate(self.model, torch.tensor([tokens], device=self.device),
+                             max_new_tokens, temperature, top_k, stop, halt or None,
                              plastic, self.chance, self.cache, self.session, own):
             said.append(int(last.token))
             self.cache, self.last = last.cache, [*self.last, last._replace(cache=None)]
             if show == "ticks":
-                ticks, sure = self.model.ctm.config.ticks if self.model.ctm else 1, float(last.certainty)
-                print(f"  tick {int(last.tick) + 1:2d}/{ticks}  sure {sure:4.2f} {'#' * round(20 * max(sure, 0)):20s}  "
+                ticks, sure = (self.model.ctm.config.ticks if self.model.ctm else 1,
+                               float(last.certainty))
+                print(f"  tick {int(last.tick) + 1:2d}/{ticks}  sure {sure:4.2f} "
+                      f"{'#' * round(20 * max(sure, 0)):20s}  "
                       f"{self.words.decode(said[-1:])!r}")
             elif said[-1] != stop:
-                text = self.words.decode(said)                      # whole, since a character may span tokens
+                text = self.words.decode(said)  # whole, since a character may span tokens
                 if not text.endswith("\ufffd"):
                     print(text[len(shown):], end="", flush=True)
                     shown = text
-        print() if show != "ticks" else print("  =", self.words.decode([t for t in said if t != stop]).strip())
+        print() if show != "ticks" else print("  =",
+            self.words.decode([t for t in said if t != stop]).strip())
         self.heard += said[:-1]
         if show == "why":
             print(json.dumps(self.why()))
@@ -90,16 +99,19 @@ class Speaker:
 
     def why(self) -> list[dict]:
         """What of each token of the last answer came from which session, in logits."""
-        return [{"token": self.words.decode([int(s.token)]), **why(self.store, s)} for s in self.last]
+        return [{"token": self.words.decode([int(s.token)]), **why(self.store, s)}
+                for s in self.last]
 
     def remember(self) -> None:
         """End the session: write it into the memory, and say what that did."""
         if self.store is None or self.store.read_only or not self.heard:
             return
         factors = self.session.close()[0]
-        entry = self.store.commit(factors, self.session.snapshot(0, torch.tensor(self.heard, device=self.device)), len(self.heard))
+        entry = self.store.commit(factors,
+            self.session.snapshot(0, torch.tensor(self.heard, device=self.device)), len(self.heard))
         before, after = entry["text_nats"]
-        print(f"(kept {entry['factors']} of {entry['tokens']} tokens as session {entry['id']}; ordinary text {before:.3f} -> {after:.3f} nats)")
+        print(f"(kept {entry['factors']} of {entry['tokens']} tokens as session {entry['id']}; "
+              f"ordinary text {before:.3f} -> {after:.3f} nats)")
 
 
 def converse(speaker: Speaker) -> None:
@@ -107,7 +119,8 @@ def converse(speaker: Speaker) -> None:
     words, left_over = speaker.words, []
     lines = [start] if start else sys.stdin
     if not start and sys.stdin.isatty():
-        print("Say something; an empty line ends the conversation" + (", /help lists commands." if speaker.store else "."))
+        print("Say something; an empty line ends the conversation"
+              + (", /help lists commands." if speaker.store else "."))
     try:
         for line in lines:
             if not line.strip():
@@ -119,14 +132,16 @@ def converse(speaker: Speaker) -> None:
                 continue
             turn = words.encode(data.user_turn(line.strip()))
             if speaker.session and not speaker.heard and warm:
-                nearest = speaker.store.nearest(about(speaker.model, torch.tensor(turn, device=speaker.device)))
+                nearest = speaker.store.nearest(
+                    about(speaker.model, torch.tensor(turn, device=speaker.device)))
                 speaker.session.start(nearest)
             print("model:", end="\n" if show == "ticks" else " ", flush=True)
             last = speaker.say(left_over + turn, words.im_end, own=min(1, len(left_over)))
-            left_over = ([last] if last == words.im_end else [last, words.im_end]) + words.encode("\n")
+            left_over = (([last] if last == words.im_end else [last, words.im_end])
+                         + words.encode("\n"))
     except KeyboardInterrupt:
         print()
-    except (OSError, UnicodeDecodeError):                           # the other end went away: what was said still counts
+    except (OSError, UnicodeDecodeError):  # the other end went away: what was said still counts
         speaker.remember()
         raise
     speaker.remember()
@@ -166,31 +181,41 @@ def command(speaker: Speaker, name: str, argument: str = "") -> None:
 
 
 def explain(tokens: list[dict]) -> None:
-    """A line per token: its logit, what of it was thought without a memory, and the sessions that gave most."""
+    """A line per token: its logit, what of it was thought without a memory, and the sessions that
+    gave most."""
     for t in tokens:
         most = sorted(t["sessions"].items(), key=lambda s: -abs(s[1]))[:3]
-        print(f"  {t['token']!r:14s} logit {t['logit']:6.2f} = by itself {t['by_itself']:6.2f}" + "".join(f", {name} {share:+.2f}" for name, share in most))
+        print(f"  {t['token']!r:14s} logit {t['logit']:6.2f} = by itself {t['by_itself']:6.2f}"
+              + "".join(f", {name} {share:+.2f}" for name, share in most))
     if not tokens:
         print("  nothing was said yet")
 
 
 def list_sessions(store: Store) -> None:
     for e in store.entries:
-        size = sum((store.folder / kind / f"{e['id']}.safetensors").stat().st_size for kind in ("sessions", "snapshots"))
-        print(f"{e['id']}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(e['told_at']))}  {e['tokens']:5d} tokens, {e['factors']:3d} kept, "
-              f"{size / 1024:5.1f} KiB, ordinary text {e['text_nats'][0]:.3f} -> {e['text_nats'][1]:.3f} nats")
+        size = sum((store.folder / kind / f"{e['id']}.safetensors").stat().st_size
+                   for kind in ("sessions", "snapshots"))
+        print(f"{e['id']}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(e['told_at']))}  "
+              f"{e['tokens']:5d} tokens, {e['factors']:3d} kept, "
+              f"{size / 1024:5.1f} KiB, ordinary text {e['text_nats'][0]:.3f} -> "
+              f"{e['text_nats'][1]:.3f} nats")
     plastic = store.plastic()
-    loud = (f", {100 * output_change(store.model.ctm, plastic.double().cpu()):.2f} % of the output power on ordinary text, "
-            f"{norm_ratio(store.model.ctm, plastic.double().cpu()):.2f} of the weight norm") if plastic is not None else ""
+    loud = (f", {100 * output_change(store.model.ctm, plastic.double().cpu()):.2f} % of the output "
+            "power on ordinary text, "
+            f"{norm_ratio(store.model.ctm, plastic.double().cpu()):.2f} of the weight norm"
+            ) if plastic is not None else ""
     print(f"{len(store.entries)} session(s) in {store.folder}{loud}")
 
 
 def show_one(store: Store, which: str) -> None:
     entry, factors = store.show(which)
     print(f"session {entry['id']}: {entry['tokens']} tokens, {entry['factors']} kept")
-    for position, tick, surprise, reward, salient, value in zip(factors.position.tolist(), factors.tick.tolist(), factors.surprise.tolist(),
-                                                                factors.dopamine.tolist(), factors.salience.tolist(), factors.values.norm(dim=1).tolist()):
-        print(f"  token {position:4d}  tick {tick + 1:2d}  surprise {surprise:5.2f} nats  dopamine {reward:.2f}  salience {salient:.2f}  size {value:.2f}")
+    for position, tick, surprise, reward, salient, value in zip(
+            factors.position.tolist(), factors.tick.tolist(), factors.surprise.tolist(),
+            factors.dopamine.tolist(), factors.salience.tolist(),
+            factors.values.norm(dim=1).tolist()):
+        print(f"  token {position:4d}  tick {tick + 1:2d}  surprise {surprise:5.2f} nats  dopamine "
+              f"{reward:.2f}  salience {salient:.2f}  size {value:.2f}")
 
 
 def look_after(model: NanoCTM) -> None:
@@ -214,20 +239,26 @@ def look_after(model: NanoCTM) -> None:
 def main() -> None:
     configurator.configure(globals())
     if memory not in ("on", "off", "read-only"):
-        raise ValueError(f"expected --memory on, off or read-only, found {memory!r}: choose one of the three")
+        raise ValueError(f"expected --memory on, off or read-only, found {memory!r}: choose one of "
+                         "the three")
     if show not in ("", "ticks", "why") or (show == "why" and memory == "off"):
-        raise ValueError(f"expected --show=ticks, --show=why with --memory on or read-only, or nothing, found {show!r}")
+        raise ValueError("expected --show=ticks, --show=why with --memory on or read-only, or "
+                         f"nothing, found {show!r}")
     housekeeping = sessions or show_session or forget or export_to or import_from
     if not start and not chat and memory == "off" and not housekeeping:
-        raise ValueError('expected something to say, found nothing: --start="some text", --chat, or --memory on')
+        raise ValueError('expected something to say, found nothing: --start="some text", --chat, '
+                         'or --memory on')
     where = choose_device(device)
     words = data.Tokenizer(tokenizer)
-    model = (load_graft(base, Path(graft)) if graft else load_backbone(base)).to(where).eval().requires_grad_(False)
+    model = (load_graft(base, Path(graft)) if graft
+             else load_backbone(base)).to(where).eval().requires_grad_(False)
     if words.n_vocab > model.backbone.config.vocab_size:
-        raise ValueError(f"expected a tokenizer of at most {model.backbone.config.vocab_size} words, found {words.n_vocab} in "
+        raise ValueError(f"expected a tokenizer of at most {model.backbone.config.vocab_size} "
+                         f"words, found {words.n_vocab} in "
                          f"{tokenizer}: use the one that belongs to {base}")
     if model.ctm is None and (memory != "off" or housekeeping):
-        raise ValueError("expected a graft with a CTM block for --memory, found none: name one with --graft")
+        raise ValueError("expected a graft with a CTM block for --memory, found none: name one "
+                         "with --graft")
     if housekeeping:
         return look_after(model)
     if memory != "off":
