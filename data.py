@@ -722,8 +722,8 @@ class Mixture:
             pieces = world.asked(rng.sample(questions + strangers, len(questions + strangers)))
             ids, weights, values = self._marked(
                 [p._replace(weight=0.0) if p.fact in strangers else p for p in pieces])
-            for f in strangers:  # nothing was told: nothing is learned, all stays as it is
-                weights[values[f]] = -1.0
+            for f in strangers:                                     # "..." is due, and memory silent
+                weights[values[f]] = -VALUE_WEIGHT
             asked.append((ids, weights))
             asked_at += [(row, values[f], index[f]) for f in questions]
         return Episodes(*self._side_by_side(told), *self._side_by_side(asked),
@@ -752,7 +752,7 @@ class Episodes(NamedTuple):
     told: np.ndarray            # (rows, T_a) int64, padded with -1
     news: np.ndarray  # (rows, T_a) float32, 1 where the next token belongs to a value or ends it
     asked: np.ndarray           # (rows, T_b)
-    # (rows, T_b) of predicting each token's successor; -1: the memory should stay silent here
+    # (rows, T_b) of predicting each token's successor; < 0: and nobody told what is due here
     weight: np.ndarray
     # (facts, 2) row and position at which a fact's value is due, where it was told
     told_at: np.ndarray

@@ -295,6 +295,9 @@ def carried_loss(model: NanoCTM, batch: Batch, step: int
     T = tokens.shape[1]
     contexts, thoughts = tokens.split(
         -(-T // cut_contexts) if share_of_steps(cut_share, turn) else T, 1), []
+    if not document_write:                                          # told before a cut, it is gone
+        told_here = torch.arange(T, device=tokens.device) < contexts[0].shape[1]
+        weight = weight.masked_fill((weight > 1) & ~told_here, 0.0)
     for i, context in enumerate(contexts):
         plastic = None
         if document_write and i:                                    # write what came before the cut
@@ -360,7 +363,7 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
     ticks, after = (model.ticks(*model.trunk(e.asked), m=m, where=where),
                     successors(e.asked).gather(1, where))
     thought, weight = model.measure(ticks, after, plastic), e.weight.gather(1, where)
-    answers, _ = model.tick_loss(thought, after, weight, other_tick)
+    answers, _ = model.tick_loss(thought, after, weight.abs(), other_tick)
 
     silent, alone = weight < 0, thought.alone
     nobody = silent.nonzero()[:, 0]                                 # row of each stranger
