@@ -289,7 +289,7 @@ class Piece(NamedTuple):
 
 
 def _names() -> dict[str, list[str]]:
-    """1,600 first names; every tenth is held out. Both halves use the same syllables, so near
+    """1,560 first names; every tenth is held out. Both halves use the same syllables, so near
     misses abound."""
     split = {"train": [], "held_out": []}
     for i, onset in enumerate(ONSETS):
@@ -362,11 +362,16 @@ class FactWorld:
     def untold(self, fact: Fact, told: list[Fact]) -> Fact:
         """A question like this one that nothing told answers: about a near miss, or, one in three,
         about something else of the same person."""
+        if self.rng.random() < 1 / 3:
+            return self.other_relation(fact, told)
+        return self.near_miss(fact, {f.name for f in told})
+
+    def other_relation(self, fact: Fact, told: list[Fact]) -> Fact:
+        """Something about the same person that nobody told; a near miss of one of whom all is."""
         known = {f.relation for f in told if f.name == fact.name}
         others = [r for r in sorted(RELATIONS) if r not in known]
-        if others and self.rng.random() < 1 / 3:
-            return Fact(fact.name, self.rng.choice(others), UNKNOWN)
-        return self.near_miss(fact, {f.name for f in told})
+        return (Fact(fact.name, self.rng.choice(others), UNKNOWN) if others
+                else self.near_miss(fact, {f.name for f in told}))
 
     def _value(self, relation: str) -> str:
         """One of the relation's values; in training, more often than not any word, an invented one,
@@ -722,7 +727,7 @@ class Mixture:
             pieces = world.asked(rng.sample(questions + strangers, len(questions + strangers)))
             ids, weights, values = self._marked(
                 [p._replace(weight=0.0) if p.fact in strangers else p for p in pieces])
-            for f in strangers:                                     # "..." is due, and memory silent
+            for f in strangers:                                     # "..." is due, no memory read
                 weights[values[f]] = -VALUE_WEIGHT
             asked.append((ids, weights))
             asked_at += [(row, values[f], index[f]) for f in questions]

@@ -1034,7 +1034,7 @@ def load_graft(base: str, path: Path) -> NanoCTM:
                          f"found {found} in {base}: "
                          f"use the backbone that belongs to it")
     for name in tensors.keys() & set(SYMMETRIC):
-        tensors[name] = symmetric(tensors[name], thought.sync)
+        tensors[name] = symmetric(tensors[name], thought.sync if thought else 0)
     # what was trained is fp32, whatever its base is
     _put(block_module(model).float(), tensors, str(path))
     return model
