@@ -10,7 +10,7 @@ Carry, from token to token, renewed every C tokens (SessionMemory):
 Eligibility, what a token has to tell the weights (engrams), and the write itself (compact_memory):
 
     k   = kappa / sqrt(S) at the read tick                          where memory should answer
-    v   = eta dopamine salience U g (E[next] - sum_v p(v) E[v])     what it should add there
+    v   = eta dopamine salience (U e + b),  e = g (E[next] - sum_v p(v) E[v])    what to add there
     W  <- W + (v - W k) (P k / k'P k)',   P = (n0 Sigma + n_due Sigma_due + ridge I + past keys)^-1
 
 No backpropagation and no optimizer: a delta rule with unit gain at its own key and the least
@@ -65,8 +65,9 @@ def salience_logit(ctm: CTMBlock, key: Tensor) -> Tensor:
 
 
 def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, weight: Tensor) -> Tensor:
-    """What memory should add to h: eta weight U g (what came - what was expected), in embedding
-    space (DESIGN §3).
+    """What memory should add to h: eta weight (U g (what came - what was expected) + b), in
+    embedding space (DESIGN §3). b is what all that is known has in common: learned, it takes away
+    the "I do not know" that a question without a memory is answered with.
 
     hidden (n, D) that the head read without a memory, next_tokens (n,), weight (n,) = dopamine x
     salience -> (n, D).
@@ -77,7 +78,8 @@ def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, weight: Tensor)
         expected = torch.cat([model.head(h).float().softmax(-1).to(embedding.dtype) @ embedding
                               for h in hidden.split(rows)])
         error = norm.weight * (embedding[next_tokens] - expected)
-    return torch.exp(ctm.log_eta) * weight[:, None] * (error.float() @ ctm.engram.T)
+    value = error.float() @ ctm.engram.T + ctm.engram_bias
+    return torch.exp(ctm.log_eta) * weight[:, None] * value
 
 
 class Factors(NamedTuple):
