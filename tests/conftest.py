@@ -46,3 +46,8 @@ def model(request) -> NanoCTM:
 def some_tokens(model: NanoCTM, rows: int, length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, model.backbone.config.vocab_size, (rows, length),
                          generator=torch.Generator().manual_seed(seed))
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Equal but for the order in which fp32 was summed: 1e-4, and 1e-5 of what is large."""
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)

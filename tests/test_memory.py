@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import randomised, some_tokens
+from conftest import randomised, same, some_tokens
 from memory import (Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, _sealed,
                     compact_memory, norm_ratio, output_change, read_session)
 from model import Cache, generate
@@ -56,7 +56,7 @@ def test_a_session_read_in_any_pieces_is_the_same_session(model, chunk, cuts):
         return lived(session)
     at_once = read([24])
     for whole, pieced in zip(at_once, read(cuts)):
-        assert whole.shape == pieced.shape and (whole.float() - pieced.float()).abs().max() < 1e-4
+        same(whole, pieced)
     assert len(at_once[3]) > 4
 
 
@@ -71,9 +71,8 @@ def test_a_session_outlives_its_context_in_any_pieces(cuts):
             cache = session.read(piece, cache).cache
             assert cache.real.shape[1] <= 24
         runs.append(lived(session))
-    for whole, pieced in zip(*runs):                                # sums are about 100: relative
-        assert whole.shape == pieced.shape and (
-            (whole.float() - pieced.float()).abs() < 1e-4 * (1 + whole.float().abs())).all()
+    for whole, pieced in zip(*runs):
+        same(whole, pieced)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 8])
@@ -83,9 +82,9 @@ def test_left_padding_changes_no_session(model, chunk):
     alone, _ = read_session(model, tokens, chunk)
     both, factors = read_session(model, torch.cat([
         torch.cat([pad, tokens], 1), torch.cat([tokens[:, 5:], tokens[:, :5] * 0 - 1, pad], 1)]),
-        chunk, threshold=0.0)
-    assert ((both.m[0] - alone.m[0]).abs().max() < 1e-4
-            and (both.alpha[0] - alone.alpha[0]).abs().max() < 1e-4)
+        chunk, threshold=0.0, expected=-1.0)
+    same(both.m[0], alone.m[0])
+    same(both.alpha[0], alone.alpha[0])
     assert (factors[0].position.tolist() == list(range(18))
             and factors[1].position.tolist() == list(range(13)))
 
@@ -99,12 +98,12 @@ def test_generating_with_a_session_equals_reading_what_was_said(model):
     thought = again.read(prompt, Cache())
     again.read(torch.tensor([said[:-1]]), thought.cache, own=5)
     for a, b in zip(lived(session), lived(again)):
-        assert a.shape == b.shape and (a.float() - b.float()).abs().max() < 1e-4
+        same(a, b)
 
 
 def test_what_the_model_said_itself_is_carried_and_never_eligible(model):
     prompt, reply, question = (some_tokens(model, 1, n, seed=n) for n in (6, 5, 4))
-    session = SessionMemory(model, 1, 4, threshold=0.0)
+    session = SessionMemory(model, 1, 4, threshold=0.0, expected=-1.0)
     cache = session.read(prompt, Cache()).cache
     cache = session.read(reply, cache, own=5).cache
     session.read(torch.cat([reply[:, -1:] * 0 + 1, question], 1), cache, own=1)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from conftest import SHAPES, randomised, some_tokens
+from conftest import SHAPES, randomised, same, some_tokens
 from memory import SessionMemory, dopamine, read_session
 from model import (BackboneConfig, NanoCTM, Sync, ThoughtConfig, generate, load_backbone,
                    load_graft, mean_and_square, save_backbone, save_graft)
@@ -41,7 +41,7 @@ def test_a_saved_backbone_is_read_by_transformers_and_by_us(tmp_path):
     tokens = some_tokens(model, 1, 20)
     with torch.no_grad():
         assert torch.equal(ours(tokens).logits, model(tokens).logits)
-        assert (oracle(tokens).logits - model(tokens).logits).abs().max() < 1e-4
+        same(oracle(tokens).logits, model(tokens).logits)
 
 
 def test_rope_theta_is_found_at_the_top_and_in_rope_parameters(tmp_path):
@@ -56,12 +56,10 @@ def test_rope_theta_is_found_at_the_top_and_in_rope_parameters(tmp_path):
 # -----------------------------------------------------------------------------
 # invariants 2 and 3: one model, whether it reads at once or token by token
 
-def same_thought(a, b, tolerance: float = 1e-4) -> None:
-    """Every tick's logits agree, and the read tick too unless certainties tie."""
-    assert ((a.hidden - b.hidden).abs().max() < tolerance
-            and (a.keys - b.keys).abs().max() < 10 * tolerance)
-    assert ((a.delta_alpha - b.delta_alpha).abs().max() < tolerance
-            and torch.allclose(a.delta_beta, b.delta_beta))
+def same_thought(a, b) -> None:
+    """Every tick's hidden states agree, and the read tick too unless certainties tie."""
+    for field in ("hidden", "keys", "delta_alpha", "delta_beta"):
+        same(getattr(a, field), getattr(b, field))
     for row in (a.read_tick != b.read_tick).nonzero().tolist():
         top = a.certainty[tuple(row)].topk(2).values
         assert top[0] - top[1] < 1e-5
@@ -92,7 +90,7 @@ def test_token_by_token_equals_one_parallel_pass_with_padding(model, halt):
     if halt is None:
         step = joined(steps)
         real = tokens >= 0
-        assert ((model.head(step.hidden) - model.head(whole.hidden))[real]).abs().max() < 1e-4
+        same(model.head(step.hidden)[real], model.head(whole.hidden)[real])
         same_thought(*[
             dataclasses.replace(x, **{k: getattr(x, k)[real][None] for k in (
                 "hidden", "keys", "delta_alpha", "delta_beta", "certainty", "read_tick")})
@@ -103,8 +101,8 @@ def test_token_by_token_equals_one_parallel_pass_with_padding(model, halt):
         for t, s in enumerate(steps):
             real = tokens[:, t] >= 0
             assert torch.equal(s.read_tick[real, 0], whole.read_tick[real, t])
-            assert (s.logits[real, 0] - whole.logits[real, t]).abs().max() < 1e-4
-            assert (s.delta_alpha[real, 0] - whole.delta_alpha[real, t]).abs().max() < 1e-4
+            same(s.logits[real, 0], whole.logits[real, t])
+            same(s.delta_alpha[real, 0], whole.delta_alpha[real, t])
 
 
 @pytest.mark.parametrize("split", [1, 9, 23])
@@ -133,7 +131,7 @@ def test_session_sums_of_decode_equal_those_of_chunked_prefill_with_padding(mode
 
     one, many = live(1), live(chunk)
     for name in ("alpha", "beta", "m"):
-        assert (getattr(one, name) - getattr(many, name)).abs().max() < 1e-4, name
+        same(getattr(one, name), getattr(many, name))
     assert not torch.allclose(one.m, SessionMemory(model, 3, chunk).m)
 
 
