@@ -66,7 +66,7 @@ tokenizer = "weights"
 seeds = 3                                   # samples of text and questions; spread is over these
 rows = 24                                   # windows of held-out text per seed
 T = 256                                     # tokens per window
-questions = 100                             # per seed and number of facts
+questions = 100                             # of `quality`, per seed and number of facts
 kills = 300                                 # of `endurance`
 full = False                                # all: depth or ticks?; opponents, ablations, hops, MQAR
 full_steps = 250                            # steps per arm and seed
@@ -1845,15 +1845,13 @@ def main() -> None:
     torch.set_num_threads(1)
     begin = time.time()
     found = COMMANDS[command]()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
-                            text=True).stdout.strip() or "unknown"
     card = Path(base).parent / "card.json"
     expected = json.loads(card.read_text())["text_sha256"] if card.exists() else None
     if expected and expected != found["text_sha256"]:
         print(f"note: this Python's documentation differs from the card's text ({expected[:12]}): "
               "nats are not comparable")
     print(json.dumps(found
-                     | {"seeds": list(range(seeds)), "commit": commit,
+                     | {"seeds": list(range(seeds)), "commit": configurator.commit(),
                         "seconds": round(time.time() - begin),
                         "python": platform.python_version(), "torch": torch.__version__,
                         "hardware": f"{platform.machine()} CPU"}))

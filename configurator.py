@@ -10,6 +10,7 @@ nesting, environment variables, running code in config files.
 """
 import ast
 import difflib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +20,13 @@ def stop(message: str, status: int = 1) -> None:
     usage."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def commit() -> str:
+    """The commit that is running, short, for the log; "unknown" outside a git checkout."""
+    here = Path(__file__).parent
+    return subprocess.run(["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True,
+                          text=True).stdout.strip() or "unknown"
 
 
 def configure(settings: dict, argv: list[str] | None = None) -> dict:

@@ -19,7 +19,6 @@ import os
 import platform
 import resource
 import shutil
-import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -97,7 +96,7 @@ cut_contexts = 4            # a row is cut into so many contexts
 document_write = False      # at a cut write what was read, read on with it: long text as sessions
 episode_facts = 64          # told per step and process in sessions of one memory, asked in others
 carry_facts = 24            # on carrying steps, all tokens think; the rest told without gradients
-crowd_facts = 64            # beside them, known to the same memory and told without gradients
+crowd_facts = 64            # beside them, a session or more, known and told without gradients
 episode_weight = 0.5        # of all that episodes teach, beside the mixture
 through_write = True        # learn through the write; False is the control
 write_strength = 20.0       # eta at the start: |g E|^2 eta / |h| should be several nats
@@ -724,11 +723,9 @@ def report_needs() -> None:
 
 def header(config: dict, world: int) -> dict:
     """What somebody needs to run this again."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
-                            text=True).stdout.strip() or "unknown"
     hardware = (torch.cuda.get_device_name() if torch.cuda.is_available()
                 else f"{platform.machine()} CPU, {os.cpu_count()} cores")
-    return {"commit": commit, "hardware": hardware, "processes": world,
+    return {"commit": configurator.commit(), "hardware": hardware, "processes": world,
             "python": platform.python_version(), "torch": torch.__version__, "config": config}
 
 
@@ -750,7 +747,7 @@ def check_settings() -> None:
         raise ValueError(f"expected write_rule 'sum' or 'solved', found {write_rule!r}: "
                          "choose one of the two")
     for name in ("B", "T", "accumulation", "ticks", "history", "log_interval", "eval_interval",
-                 "eval_rows", "eval_questions"):
+                 "eval_rows", "eval_questions", "crowd_facts"):
         if globals()[name] < 1:
             raise ValueError(f"expected {name} of at least 1, found {globals()[name]}: raise it")
 
