@@ -1,4 +1,4 @@
-# make demo    three facts are told, the process ends, another one is asked; and facts in the prompt, thought about aloud
+# make demo    three facts are told, the process ends, another one is asked (also of a stranger); and facts in the prompt, thought about aloud
 # make test    the test suite, in a virtual environment of its own
 # make tiny    train the tiny model from nothing: tokenizer, phases 1 to 3 and the control
 # make bench   every number that the README claims
@@ -22,7 +22,8 @@ export MALLOC_TOP_PAD_ = 268435456
 	touch $@
 
 DEMO := out/demo_memory
-ASK = for question in "What work does Fenlix have?" "What animal does Marvas keep?" "What city does Keltin live in?"; do \
+ASK = for question in "What work does Fenlix have?" "What animal does Marvas keep?" "What city does Keltin live in?" \
+      "What city does Kelvin live in?"; do \
       $(RUN) sample.py --chat --start="$$question" $(1) | grep -v "^(kept"; done
 
 demo: .venv/installed
