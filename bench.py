@@ -1163,7 +1163,6 @@ def ablation_figures(s: Sample) -> dict:
     note("no dopamine", mind.write(loud))
     note("no weight of salience",
          mind.write([f._replace(values=f.values / f.salience[:, None]) for f in s.factors]))
-    note("caution 1", mind.write(Mind(caution=1.0).factors(s.texts[10])))
     note("no threshold of surprise", mind.write(Mind(expected=0.0).factors(s.texts[10])))
     note("every token eligible",
          mind.write(Mind(threshold=0.0, expected=0.0, budget=1000).factors(s.texts[10])))

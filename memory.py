@@ -10,8 +10,7 @@ Carry, from token to token, renewed every C tokens (SessionMemory):
 Eligibility, what a token has to tell the weights (engrams), and the write itself (compact_memory):
 
     k   = kappa / sqrt(S) at the read tick                          where memory should answer
-    v   = eta dopamine salience (U e + caution b)                   what to add there,
-    e   = g (E[next] - sum_v p(v) E[v])                             what came - what was expected
+    v   = eta dopamine salience U g (E[next] - sum_v p(v) E[v])     what it should add there
     W  <- W + (v - W k) (P k / k'P k)',   P = (n0 Sigma + n_due Sigma_due + ridge I + past keys)^-1
 
 No backpropagation and no optimizer: a delta rule with unit gain at its own key and the least
@@ -65,11 +64,9 @@ def salience_logit(ctm: CTMBlock, key: Tensor) -> Tensor:
     return key @ ctm.salience_weight + ctm.salience_bias
 
 
-def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, weight: Tensor,
-            caution: float = 0.0) -> Tensor:
-    """What memory should add to h: eta weight (U g (what came - what was expected) + caution b), in
-    embedding space (DESIGN §3, which has no b). b is the same for all that is known, so whoever is
-    asked about reads it: learned with caution 1, it holds "I do not know" against small readings.
+def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, weight: Tensor) -> Tensor:
+    """What memory should add to h: eta weight U g (what came - what was expected), in embedding
+    space (DESIGN §3).
 
     hidden (n, D) that the head read without a memory, next_tokens (n,), weight (n,) = dopamine x
     salience -> (n, D).
@@ -80,8 +77,7 @@ def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, weight: Tensor,
         expected = torch.cat([model.head(h).float().softmax(-1).to(embedding.dtype) @ embedding
                               for h in hidden.split(rows)])
         error = norm.weight * (embedding[next_tokens] - expected)
-    value = error.float() @ ctm.engram.T + caution * ctm.engram_bias
-    return torch.exp(ctm.log_eta) * weight[:, None] * value
+    return torch.exp(ctm.log_eta) * weight[:, None] * (error.float() @ ctm.engram.T)
 
 
 class Factors(NamedTuple):
@@ -147,16 +143,14 @@ class SessionMemory:
     """
 
     def __init__(self, model: NanoCTM, rows: int, chunk: int = 32, threshold: float = 0.5,
-                 budget: int = 64, expected: float = 0.1, caution: float = 0.0):
+                 budget: int = 64, expected: float = 0.1):
         """threshold of salience; budget: factors at most; expected: what surprised by fewer nats is
-        no news, and takes no room; caution 0 recalls most, 1 says "I do not know" more often,
-        wrongly too (engrams)."""
+        no news, and takes no room."""
         if model.ctm is None:
             raise ValueError("expected a model with a CTM block, found one without: a session has "
                              "nothing to carry there")
         self.model, self.rows, self.chunk = model, rows, chunk
-        self.threshold, self.budget = threshold, budget
-        self.expected, self.caution = expected, caution
+        self.threshold, self.budget, self.expected = threshold, budget, expected
         self.start()
 
     def start(self, warm: Tensor | None = None) -> None:
@@ -256,7 +250,7 @@ class SessionMemory:
         for b in eligible.any(1).nonzero()[:, 0].tolist():
             here = eligible[b].nonzero()[:, 0]
             value = engrams(self.model, lived.hidden[b, here], next_tokens[b, here],
-                            reward[b, here] * salient[b, here], self.caution)
+                            reward[b, here] * salient[b, here])
             key = lived.key[b, here] / math.sqrt(lived.key.shape[-1])
             self.kept[b].append(Factors(key, value, surprise[b, here], reward[b, here],
                                         salient[b, here], position[b, here],

@@ -38,7 +38,6 @@ show = ""                   # "ticks": per token the tick read and how sure the 
 memory = "off"              # on remembers this session, read-only answers and keeps nothing
 memory_dir = "memory"       # the store
 max_drift = 0.5             # nats a session may cost ordinary text, or it is not written
-caution = 0.0               # 1: more strangers get "I do not know", and some who were told of
 warm = False                # begin as the nearest session thought; what is written depends on it
 sessions = False            # list what is remembered, and stop
 show_session = ""           # a session's id: what it told the weights, token by token, and stop
@@ -64,7 +63,7 @@ class Speaker:
         self.model, self.words, self.store = model, words, store
         self.device = model.backbone.embed_tokens.weight.device
         self.chance = torch.Generator(self.device).manual_seed(seed)
-        self.session = SessionMemory(model, 1, caution=caution) if store else None
+        self.session = SessionMemory(model, 1) if store else None
         self.heard: list[int] = []                                  # every token that was read
         self.cache: Cache | None = None
         self.last: list[Spoken] = []                                # the last answer

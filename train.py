@@ -437,12 +437,11 @@ def told_session(model: NanoCTM, e: data.Episodes, carrying: bool
 
 def telling(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.Tensor
             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Factors as a living session of caution 1 forms them, of the tokens in `known` (B, n):
+    """Factors as a living session forms them, of the tokens in `known` (B, n):
     keys (N, S), values (N, D), salience (N,)."""
     hidden, key, came = lived.hidden[known], lived.key[known], following[known]
     salient, (_, surprise) = salience(model.ctm, key), model.score(hidden, came)
-    values = engrams(model, hidden, came, dopamine(surprise, model.ctm.mean_surprise) * salient,
-                     caution=1.0)
+    values = engrams(model, hidden, came, dopamine(surprise, model.ctm.mean_surprise) * salient)
     return key / math.sqrt(key.shape[-1]), values, salient
 
 
