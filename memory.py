@@ -10,7 +10,8 @@ Carry, from token to token, renewed every C tokens (SessionMemory):
 Eligibility, what a token has to tell the weights (engrams), and the write itself (compact_memory):
 
     k   = kappa / sqrt(S) at the read tick                          where memory should answer
-    v   = eta dopamine salience U g (E[next] - sum_v p(v) E[v])     what it should add there
+    v   = eta dopamine salience U e / |U e|                         what it should add there,
+    e   = g (E[next] - sum_v p(v) E[v])                             what came - what was expected
     W  <- W + (v - W k) (P k / k'P k)',   P = (n0 Sigma + n_due Sigma_due + ridge I + past keys)^-1
 
 No backpropagation and no optimizer: a delta rule with unit gain at its own key and the least
@@ -65,8 +66,9 @@ def salience_logit(ctm: CTMBlock, key: Tensor) -> Tensor:
 
 
 def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, weight: Tensor) -> Tensor:
-    """What memory should add to h: eta weight U g (what came - what was expected), in embedding
-    space (DESIGN §3).
+    """What memory should add to h: eta weight, in the direction of U g (what came - what was
+    expected) in embedding space. DESIGN §3 has no unit length: there some tokens of a value are
+    written thirty times as loud as others, and the quiet ones are not heard (LOG.md).
 
     hidden (n, D) that the head read without a memory, next_tokens (n,), weight (n,) = dopamine x
     salience -> (n, D).
@@ -77,7 +79,8 @@ def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, weight: Tensor)
         expected = torch.cat([model.head(h).float().softmax(-1).to(embedding.dtype) @ embedding
                               for h in hidden.split(rows)])
         error = norm.weight * (embedding[next_tokens] - expected)
-    return torch.exp(ctm.log_eta) * weight[:, None] * (error.float() @ ctm.engram.T)
+    direction = torch.nn.functional.normalize(error.float() @ ctm.engram.T, dim=1)
+    return torch.exp(ctm.log_eta) * weight[:, None] * direction
 
 
 class Factors(NamedTuple):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from conftest import randomised, same, some_tokens
 from memory import (Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, _sealed,
-                    compact_memory, norm_ratio, output_change, read_session)
+                    compact_memory, engrams, norm_ratio, output_change, read_session)
 from model import Cache, generate
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +123,19 @@ def test_factors_do_not_depend_on_what_is_stored(model):
         runs.append((thought, lived(session)))
     assert not torch.allclose(runs[0][0].hidden, runs[1][0].hidden)
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1]))
+
+
+def test_an_engram_points_to_what_came_and_away_from_what_was_expected_as_long_as_its_reward(model):
+    chance = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, model.backbone.config.hidden_size, generator=chance)
+    reward, came = torch.rand(6, generator=chance) + 0.1, torch.arange(6)
+    found = engrams(model, hidden, came, reward)
+    same(found.norm(dim=1), model.ctm.log_eta.exp() * reward)
+    embedding, gain = model.backbone.embed_tokens.weight, model.backbone.norm.weight
+    for h, token, value in zip(hidden, came, found):
+        expected = sum(p * e for p, e in zip(model.head(h).softmax(-1), embedding))
+        toward = model.ctm.engram @ (gain * (embedding[token] - expected))
+        same(value / value.norm(), toward / toward.norm())
 
 
 def test_what_was_expected_takes_no_room(model):
