@@ -66,21 +66,26 @@ def salience_logit(ctm: CTMBlock, key: Tensor) -> Tensor:
 
 
 def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, weight: Tensor) -> Tensor:
-    """What memory should add to h: eta weight, in the direction of U g (what came - what was
-    expected) in embedding space. DESIGN §3 has no unit length: there some tokens of a value are
-    written thirty times as loud as others, and the quiet ones are not heard (LOG.md).
+    """What memory should add to h: eta weight, in the direction of U e. DESIGN §3 has no unit
+    length: there some tokens of a value are written thirty times as loud as others, and the quiet
+    ones are not heard (LOG.md).
 
     hidden (n, D) that the head read without a memory, next_tokens (n,), weight (n,) = dopamine x
     salience -> (n, D).
     """
-    embedding, norm, ctm = model.backbone.embed_tokens.weight, model.backbone.norm, model.ctm
-    with torch.no_grad():
-        rows = model.rows_at_once(hidden)
-        expected = torch.cat([model.head(h).float().softmax(-1).to(embedding.dtype) @ embedding
-                              for h in hidden.split(rows)])
-        error = norm.weight * (embedding[next_tokens] - expected)
-    direction = torch.nn.functional.normalize(error.float() @ ctm.engram.T, dim=1)
-    return torch.exp(ctm.log_eta) * weight[:, None] * direction
+    toward = prediction_error(model, hidden, next_tokens) @ model.ctm.engram.T
+    return (torch.exp(model.ctm.log_eta) * weight[:, None]
+            * torch.nn.functional.normalize(toward, dim=1))
+
+
+@torch.no_grad()
+def prediction_error(model: NanoCTM, hidden: Tensor, next_tokens: Tensor) -> Tensor:
+    """e = g (what came - what was expected) in embedding space:
+    hidden (n, D) that the head read without a memory, next_tokens (n,) -> (n, D) fp32."""
+    embedding, gain = model.backbone.embed_tokens.weight, model.backbone.norm.weight
+    expected = torch.cat([model.head(h).float().softmax(-1).to(embedding.dtype) @ embedding
+                          for h in hidden.split(model.rows_at_once(hidden))])
+    return (gain * (embedding[next_tokens] - expected)).float()
 
 
 class Factors(NamedTuple):

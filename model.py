@@ -420,8 +420,10 @@ class CTMBlock(nn.Module):
         # what phase 3 learns for memory.py: which tokens to tell the weights, and what about them
         self.salience_weight = nn.Parameter(torch.zeros(c.sync))
         self.salience_bias = nn.Parameter(torch.zeros(()))
-        # U: from embedding space to the direction of what is added to h
+        # U: from embedding space to the direction of what is added to h, and b, which only training
+        # adds (train.telling)
         self.engram = nn.Parameter(torch.eye(width))
+        self.engram_bias = nn.Parameter(torch.zeros(width))
         self.log_eta = nn.Parameter(torch.tensor(2.0))                      # its length
         # Sigma: second moment of kappa/sqrt(S) on text
         self.register_buffer("key_moment", torch.eye(c.sync) / c.sync)

@@ -31,8 +31,8 @@ from safetensors.torch import save_file
 
 import configurator
 import data
-from memory import (Lived, Plastic, SessionMemory, compact_memory, dopamine, engrams, read_session,
-                    salience, salience_logit)
+from memory import (Lived, Plastic, SessionMemory, compact_memory, dopamine, prediction_error,
+                    read_session, salience, salience_logit)
 from model import (HEAD_ENTRIES, BackboneConfig, CTMBlock, NanoCTM, Thought, ThoughtConfig, Ticks,
                    at_tick, block_module, choose_device, fingerprint, flops_per_token,
                    load_backbone, load_graft, mean_and_square, read_tensors, replies,
@@ -99,7 +99,7 @@ carry_facts = 24            # on carrying steps, all tokens think; the rest told
 crowd_facts = 64            # beside them, a session or more, known and told without gradients
 episode_weight = 0.5        # of all that episodes teach, beside the mixture
 through_write = True        # learn through the write; False is the control
-write_strength = 20.0       # eta at the start: |g E| eta / rms(h) should be several nats
+write_strength = 20.0       # eta at the start: |g E|^2 eta / |h| should be several nats
 write_rule = "solved"       # memory of factors in training: "sum", or "solved" by ridge regression
 write_ridge = 1e-3          # of the solved rule
 write_n0 = 5.0              # of the solved rule: ordinary text weighs as much as so many keys
@@ -437,11 +437,15 @@ def told_session(model: NanoCTM, e: data.Episodes, carrying: bool
 
 def telling(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.Tensor
             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Factors as a living session forms them, of the tokens in `known` (B, n):
+    """Factors as a living session forms them, but for length and b, of the tokens in `known` (B, n):
     keys (N, S), values (N, D), salience (N,)."""
     hidden, key, came = lived.hidden[known], lived.key[known], following[known]
     salient, (_, surprise) = salience(model.ctm, key), model.score(hidden, came)
-    values = engrams(model, hidden, came, dopamine(surprise, model.ctm.mean_surprise) * salient)
+    # eta dopamine salience (U e + b). A living write leaves out b, which whoever is asked about
+    # reads, and has one length (engrams): trained so, keys told persons apart worse (LOG.md).
+    reward = dopamine(surprise, model.ctm.mean_surprise) * salient
+    toward = prediction_error(model, hidden, came) @ model.ctm.engram.T + model.ctm.engram_bias
+    values = torch.exp(model.ctm.log_eta) * reward[:, None] * toward
     return key / math.sqrt(key.shape[-1]), values, salient
 
 
@@ -556,6 +560,25 @@ def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str, batches:
     apply_moment(model.ctm.due_moment, torch.cat(due), 0, 1)
 
 
+@torch.no_grad()
+def settle_length(model: NanoCTM, mixture: data.Mixture, device: str, batches: int = 4) -> None:
+    """Training writes eta U e, life eta U e / |U e|: make |U e| 1 for the middle one of what is
+    news, eta and b as much larger and smaller, so that the one is as long as the other."""
+    lengths = []
+    for i in range(batches):
+        told, news = (torch.from_numpy(x).to(device)
+                      for x in mixture.episodes(64, max_steps, i)[:2])
+        where = foremost(news, int((news > 0).sum(1).max()))
+        known, thought = news.gather(1, where) > 0, model(told, where=where)
+        error = prediction_error(model, thought.at_read_tick(thought.hidden)[known],
+                                 successors(told).gather(1, where)[known])
+        lengths.append((error @ model.ctm.engram.T).norm(dim=1))
+    middle = torch.cat(lengths).median()
+    model.ctm.log_eta.add_(middle.log())
+    for x in (model.ctm.engram, model.ctm.engram_bias):
+        x.div_(middle)
+
+
 # -----------------------------------------------------------------------------
 # evaluation
 
@@ -580,8 +603,14 @@ def evaluate(model: NanoCTM, mixture: data.Mixture, device: str) -> dict[str, fl
     said = replies(model, mixture.tokenizer, prompts)
     found["untold_8"] = sum(map(data.is_recalled, said, facts)) / len(facts)
     if phase == 3:
-        for n in (10, 50):
-            found[f"weights_{n}"] = recall_from_weights(model, mixture.tokenizer, n)
+        learned = [(x, x.clone()) for x in
+                   (model.ctm.log_eta, model.ctm.engram, model.ctm.engram_bias)]
+        with torch.random.fork_rng():                               # training goes on as it was
+            settle_length(model, mixture, device)
+            for n in (10, 50):
+                found[f"weights_{n}"] = recall_from_weights(model, mixture.tokenizer, n)
+        for x, before in learned:
+            x.copy_(before)
     return found
 
 
@@ -833,6 +862,7 @@ def main() -> None:
             apply_moment(model.ctm.due_moment, report["due"], step, world)
         if phase == 3 and step + 1 == max_steps:
             measure_moments(model, mixture, where)
+            settle_length(model, mixture, where)
 
         done = step + 1
         busy, counted = busy + time.time() - clock, counted + 1     # norm, loss read: device done

@@ -113,8 +113,8 @@ def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted):
     for name in ("graft.safetensors", "optimizer.safetensors"):
         assert same_files(world / "m1/last" / name, world / "m2/last" / name)
     before, after = (load_file(world / f"{run}/last/graft.safetensors") for run in ("g1", "m1"))
-    for name in ("salience_weight", "engram", "log_half_life", "sync_out.rho_raw",
-                 "key_moment", "due_moment", "synapse.down.0.weight"):
+    for name in ("salience_weight", "engram", "engram_bias", "log_half_life",
+                 "sync_out.rho_raw", "key_moment", "due_moment", "synapse.down.0.weight"):
         assert not torch.equal(before[name], after[name]), name
     moment = symmetric(after["key_moment"], len(after["baseline"][0]))
     assert after["ordinary"].any() and torch.linalg.eigvalsh(moment).min() > -1e-6
