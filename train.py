@@ -437,12 +437,12 @@ def told_session(model: NanoCTM, e: data.Episodes, carrying: bool
 
 def telling(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.Tensor
             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Factors as a living session forms them, but for length and b, of the tokens in `known` (B, n):
+    """Factors of the tokens in `known` (B, n), as a living session forms them but for v:
     keys (N, S), values (N, D), salience (N,)."""
     hidden, key, came = lived.hidden[known], lived.key[known], following[known]
     salient, (_, surprise) = salience(model.ctm, key), model.score(hidden, came)
-    # eta dopamine salience (U e + b). A living write leaves out b, which whoever is asked about
-    # reads, and has one length (engrams): trained so, keys told persons apart worse (LOG.md).
+    # v = eta dopamine salience (U e + b), where life says U e / |U e|. b is the same for all that
+    # is known, so whoever is asked about reads it; LOG.md has what training without it came to.
     reward = dopamine(surprise, model.ctm.mean_surprise) * salient
     toward = prediction_error(model, hidden, came) @ model.ctm.engram.T + model.ctm.engram_bias
     values = torch.exp(model.ctm.log_eta) * reward[:, None] * toward
