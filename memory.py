@@ -320,7 +320,7 @@ def read_session(model: NanoCTM, tokens: Tensor, chunk: int = 32,
 @dataclass(frozen=True)
 class WriteRule:
     """How compact_memory writes; the defaults are what `python bench.py memory` measures."""
-    n0: float = 500.0           # protection of ordinary text: as many keys as this weigh on P
+    n0: float = 100.0           # protection of ordinary text: as many keys as this weigh on P
     n_due: float = 5.0      # the same of keys at which somebody's value is due: nobody's own
     ridge: float = 0.001        # lambda
     fade: float = 1.0  # mu: how much of the protection of past keys is left a session later
