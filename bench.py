@@ -1,11 +1,11 @@
 """Every number that the README claims, measured again.
 
-    python bench.py quality             # the tiny weights, about a minute
+    python bench.py quality             # the tiny weights, half a minute
     python bench.py quality --full      # and "depth or thinking time?", half an hour
-    python bench.py memory              # recall after a restart, against other ways, nine minutes
+    python bench.py memory              # recall after a restart, against other ways, six minutes
     python bench.py memory --full       # and fair opponents, ablations, two hops, MQAR; kept part
                                         # by part, goes on where it was interrupted
-    python bench.py endurance           # the store under fire: kills, flips, lies, ten minutes
+    python bench.py endurance           # the store under fire: kills, flips, lies, four minutes
     python bench.py card                # after `make tiny`: what was trained, into weights/
 
 A table for people, and as the last line of standard output one JSON object with every figure, its
