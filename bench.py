@@ -47,8 +47,8 @@ from tqdm import tqdm
 import configurator
 import data
 from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule,
-                    about, compact_memory, dopamine, engrams, norm_ratio, output_change,
-                    read_session, room_left, salience, salience_logit)
+                    about, bearings, compact_memory, compact_sessions, dopamine, engrams,
+                    norm_ratio, output_change, read_session, salience, salience_logit, superseded)
 from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block_module,
                    flops_per_token, load_backbone, load_graft, mean_and_square,
                    read_tensors, replies, save_backbone, save_graft, successors)
@@ -365,7 +365,7 @@ class Mind:
     @functools.cached_property
     def blank(self) -> Plastic:
         """Nothing written yet; its key space is inverted once for all."""
-        return Plastic(Plastic.blank(self.ctm).weight, room_left(self.ctm, None, WriteRule()))
+        return compact_sessions(self.ctm, [])
 
     def told(self, sessions: list[str]) -> list[tuple[Factors, Snapshot, int]]:
         """Read each text as one session, side by side:
@@ -382,11 +382,8 @@ class Mind:
     def factors(self, sessions: list[str]) -> list[Factors]:
         return [f for f, _, _ in self.told(sessions)]
 
-    def write(self, factors: list[Factors], onto: Plastic | None = None) -> Plastic:
-        plastic = onto or self.blank
-        for f in factors:
-            plastic = compact_memory(self.ctm, plastic, f)
-        return plastic
+    def write(self, factors: list[Factors]) -> Plastic:
+        return compact_sessions(self.ctm, factors, free=self.blank.free)
 
     def ask(self, questions: list[str], plastic: Plastic | None | list[Plastic] = None,
             before: list[str] | None = None) -> list[str]:
@@ -561,34 +558,39 @@ def neighbour_figures(mind: Mind, world: data.FactWorld, relation: str) -> dict:
     facts = world.population(110, [relation])
     left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
     ones = mind.factors([session_text(world, part[:1]) for part in batches(facts, 10)])
-    firsts = [mind.write([f]) for f in left[:10]]
-    states = {"0": firsts, "1": [mind.write([ones[j + 1]], w) for j, w in enumerate(firsts)],
-              "10": [mind.write([left[j + 1]], w) for j, w in enumerate(firsts)],
-              "100": [mind.write(left[:j] + left[j + 1:], w) for j, w in enumerate(firsts)]}
+    after = {"0": lambda j: [], "1": lambda j: [ones[j + 1]], "10": lambda j: [left[j + 1]],
+             "100": lambda j: left[:j] + left[j + 1:]}
+    states = {n: [mind.write([left[j], *others(j)]) for j in range(10)]
+              for n, others in after.items()}
     known = {n: mind.recall(world, facts[:100], [w for w in ws for _ in range(10)])
              for n, ws in states.items()}
     return {f"{n}_neighbour_drop": known["0"] - known[n] for n in ("1", "10", "100")}
 
 
 def order_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact],
-                  left: list[Factors]) -> dict:
-    """First of ten sessions, each session having been first; facts that change; denials;
-    the model's own guesses."""
+                  left: list[Factors], text: OrdinaryText) -> dict:
+    """First of ten sessions, each session having been first; denials; the model's own guesses;
+    facts that change, and facts told three times, also with nothing superseded."""
     parts = batches(facts, 10)
     first = mind.recall(world, facts,
                         [w for j in range(10) for w in [mind.write(left[j:] + left[:j])] * 10])
-    everything = mind.write(left)
     changed = [world.another_value(f) for f in facts]
-    after = mind.write(
-        mind.factors([session_text(world, part) for part in batches(changed, 10)]), everything)
-    replies = mind.ask([world.ask(f, held_out=True) for f in facts], after)
+    anew = mind.factors([session_text(world, part) for part in batches(changed, 10)])
+    again = mind.factors([session_text(world, part) for _ in range(2) for part in parts])
+    asked = [world.ask(f, held_out=True) for f in facts]
     denied = mind.write(
         mind.factors([data.user_turn(" ".join(map(data.denial, part))) for part in parts]))
     guessed = mind.write([own_guess(mind, world, f) for f in facts])
-    return {"retention": first, "changed": mean(map(data.is_recalled, replies, changed)),
-            "old": mean(map(data.is_recalled, replies, facts)),
-            "negation": mind.recall(world, facts, denied),
-            "own_guess": mind.recall(world, facts, guessed)}
+    found = {"retention": first, "negation": mind.recall(world, facts, denied),
+             "own_guess": mind.recall(world, facts, guessed)}
+    for kind, rule in {"": WriteRule(), "_all_kept": WriteRule(anew=math.inf)}.items():
+        after, thrice = (compact_sessions(mind.ctm, left + more, rule) for more in (anew, again))
+        said = mind.ask(asked, after)
+        found |= {f"changed{kind}": mean(map(data.is_recalled, said, changed)),
+                  f"old{kind}": mean(map(data.is_recalled, said, facts)),
+                  f"retold{kind}": mind.recall(world, facts, thrice),
+                  f"retold{kind}_text": text.nats(thrice.weight) / text.nats(None)}
+    return found
 
 
 def own_guess(mind: Mind, world: data.FactWorld, fact: data.Fact) -> Factors:
@@ -606,12 +608,11 @@ def capacity_figures(mind: Mind, world: data.FactWorld) -> dict:
     S = mind.ctm.config.sync
     most = len(world.names) * len(data.RELATIONS)                   # all that can be said of people
     sizes = sorted({min(n, most) for n in (S // 8, S // 4, S // 2, S, 2 * S, 4 * S)})
-    facts, plastic, told, found = world.population(sizes[-1]), None, 0, {}
+    facts, found = world.population(sizes[-1]), {}
     left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
     for n in sizes:
-        plastic, told = mind.write(left[told:-(-n // 10)], plastic), -(-n // 10)
         found[f"capacity_{n}"] = mind.recall(
-            world, world.rng.sample(facts[:n], min(n, 100)), plastic)
+            world, world.rng.sample(facts[:n], min(n, 100)), mind.write(left[:-(-n // 10)]))
     return found
 
 
@@ -730,13 +731,13 @@ def fine_tune_figures(s: Sample) -> dict:
 
 
 def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
-    """Reading the sessions once; then per factor 4 S^2 for P k and for P, 4 S D for W, and 2 S^3
-    once for the first P. The triangular solves within a session, n (S + D) per factor, are left
-    out: n is a tenth of S."""
+    """Reading the sessions once; then per factor 6 S^2 for its bearings, P k and P, 4 S D for W,
+    and 2 S^3 once for the first P. The triangular solves within a session, n (S + D) per factor,
+    are left out: n is a tenth of S."""
     D, S = mind.ctm.c_proj.weight.shape
     f = flops_per_token(mind.model.backbone.config, mind.ctm.config, T)
     return (tokens * (f["trunk"] + f["block"] + f["head"])
-            + sum(len(f.keys) * (4 * S * S + 4 * S * D) for f in factors) + 2 * S ** 3)
+            + sum(len(f.keys) * (6 * S * S + 4 * S * D) for f in factors) + 2 * S ** 3)
 
 
 # -- ordinary text, the carry, the warm start, the price
@@ -785,13 +786,19 @@ def write_cost(mind: Mind, texts: list[str]) -> float:
     over those of reading them."""
     ids = [torch.tensor([mind.words.encode(t)]) for t in texts]
     def read(threshold: float | None) -> None:
-        plastic = Plastic.blank(mind.ctm)
+        pointing: list[Tensor] = []
+        if threshold is not None:
+            plastic = compact_sessions(mind.ctm, [])
+            root = torch.linalg.cholesky(plastic.free)
         for tokens in ids:
             session = SessionMemory(mind.model, 1,
                                     threshold=1.1 if threshold is None else threshold)
             session.read(tokens, Cache())
             if threshold is not None:
-                plastic = compact_memory(mind.ctm, plastic, session.close()[0])
+                factors = session.close()[0]
+                pointing.append(bearings(root, factors))
+                superseded(pointing, WriteRule().anew, len(pointing) - 1)
+                plastic = compact_memory(mind.ctm, plastic, factors)
     with torch.no_grad():
         return cpu_seconds(lambda: read(0.5)) / cpu_seconds(lambda: read(None))
 
@@ -809,7 +816,7 @@ def written_figures(s: Sample) -> dict:
 PARTS = {"restart": written_figures,
          "neighbours": lambda s: neighbour_figures(
              s.mind, s.world, sorted(data.RELATIONS)[s.seed % len(data.RELATIONS)]),
-         "order": lambda s: order_figures(s.mind, s.world, s.facts, s.factors),
+         "order": lambda s: order_figures(s.mind, s.world, s.facts, s.factors, s.ordinary),
          "capacity": lambda s: capacity_figures(s.mind, s.world),
          "arms": lambda s: arm_figures(s), "fine_tune": lambda s: fine_tune_figures(s),
          "carry": lambda s: carry_figures(s.mind, s.windows) | {
@@ -876,7 +883,8 @@ def memory() -> dict:
     print(f"{'figure':28s} {'mean':>12s} {'sd':>8s}   95 % interval of a share")
     for name, x in found.items():
         asked_of_all = (name.endswith(("direct", "paraphrase", "near_miss", "anybodys", "unknown"))
-                        or name in ("retention", "changed", "old", "negation", "own_guess"))
+                        or name.removesuffix("_all_kept") in ("changed", "old", "retold")
+                        or name in ("retention", "negation", "own_guess"))
         opponent = re.match(f"(?:{'|'.join(OPPONENTS)})_(10?)_", name)      # asked less often
         n = {"1": 10, "10": 30}[opponent[1]] if opponent else 100
         inside = (" .. ".join(f"{b:.3f}" for b in wilson(x["mean"], n * seeds))
@@ -901,6 +909,10 @@ def memory() -> dict:
         "recall": recall,
         "capacity": {k[9:]: x for k, x in v.items() if k.startswith("capacity_")},
         "changed_fact": v["changed"], "old_fact": v["old"], "negation_false": v["negation"],
+        "told_three_times": {"recall": v["retold"], "text": v["retold_text"]},
+        "nothing_superseded": {"changed_fact": v["changed_all_kept"], "old_fact": v["old_all_kept"],
+                               "told_three_times": {"recall": v["retold_all_kept"],
+                                                    "text": v["retold_all_kept_text"]}},
         "own_guess_recalled": v["own_guess"], "retention_first_of_10_sessions": v["retention"],
         "arms": arms | more.get("arms", {}), "text_nats_before": v["text_nats_before"],
         "text_nats_after": v["text_nats_after"], "output_change": v["output_change"],
@@ -1143,11 +1155,6 @@ def ablation_figures(s: Sample) -> dict:
         found[f"ablation_{name}"] = mean(map(data.is_recalled, said, s.facts))
         found[f"ablation_{name}_text"] = ordinary.nats(plastic.weight) / before
 
-    def under(rule: WriteRule, factors: list[Factors]) -> Plastic:
-        plastic = Plastic.blank(mind.ctm)
-        for f in factors:
-            plastic = compact_memory(mind.ctm, plastic, f, rule)
-        return plastic
     note("nothing", s.whole)
     for name, rule in {"no protection of text": WriteRule(n0=0.0),
                        "no protection of what is due": WriteRule(n_due=0.0),
@@ -1155,8 +1162,9 @@ def ablation_figures(s: Sample) -> dict:
                        "no delta": WriteRule(delta=False),
                        "no projection": WriteRule(project=False),
                        "neither": WriteRule(delta=False, project=False),
-                       "weight norm at most 1 %": WriteRule(norm_cap=0.01)}.items():
-        note(name, under(rule, s.factors))
+                       "weight norm at most 1 %": WriteRule(norm_cap=0.01),
+                       "nothing superseded": WriteRule(anew=math.inf)}.items():
+        note(name, compact_sessions(mind.ctm, s.factors, rule))
     loud = [f._replace(values=f.values / f.dopamine[:, None]) for f in s.factors]
     note("no dopamine", mind.write(loud))
     note("no weight of salience",

@@ -16,7 +16,8 @@ Eligibility, what a token has to tell the weights (engrams), and the write itsel
 
 No backpropagation and no optimizer: a delta rule with unit gain at its own key and the least
 disturbance of ordinary text (Sigma), of what all questions share (Sigma_due) and of what was
-written before. Factors (k, v) depend on the base model and the text alone, never on the store, so W
+written before. What a later session tells anew, at nearly the same key, is left out
+(superseded). Factors (k, v) depend on the base model and the text alone, never on the store, so W
 is a function of the living sessions: forgetting one is deleting it and computing W again.
 
 Left out on purpose: anything a session generated itself is carried but never written; the base
@@ -27,6 +28,7 @@ Letters: B batch, T tokens, S sync channels, D width, C carry chunk, n tokens of
 of one session.
 """
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -328,6 +330,7 @@ class WriteRule:
     norm_cap: float = math.inf  # the same for the weights: |W_m| / |W_c| (the seeds' 0.01)
     delta: bool = True          # subtract what the memory already says there
     project: bool = True        # write through P, not along the bare key
+    anew: float = 0.7  # a key as near as this (cosine in P) to a later session's was told anew
 
 
 @dataclass(frozen=True)
@@ -386,6 +389,47 @@ def room_left(ctm: CTMBlock, free: Tensor | None, rule: WriteRule) -> Tensor:
     if free is not None:  # what rounding leaves asymmetric would grow with every inversion
         prior = prior + rule.fade * (torch.linalg.inv((free + free.T) / 2) - prior)
     return torch.linalg.inv(prior)
+
+
+def bearings(root: Tensor, factors: Factors) -> Tensor:
+    """Where each key points as an empty memory's P = root root' (S, S) sees it: (n, S) whole
+    numbers in fp32, so that a product of two is exact in any order (S <= 4,200) and every way to
+    the same sessions finds the same told anew."""
+    seen = factors.unit_keys().cpu() @ root
+    return (63 * seen / seen.abs().amax(1, keepdim=True)).round().float()
+
+
+def superseded(pointing: list[Tensor], anew: float, since: int = 0) -> list[Tensor]:
+    """Which keys of each session a later one, number `since` or after, has again: bearings (n, S)
+    per session -> (n,) bool per session.
+
+    A fact that changed is at nearly the same key and says otherwise: with both in the memory, a
+    question reads some of each. A fact that is told again would take as much room as a new one.
+    DESIGN §3 has no such rule, it protects them like any other; LOG.md has what that costs.
+    """
+    size = [len(p) for p in pointing]
+    if not sum(size):
+        return [torch.zeros(0, dtype=torch.bool) for _ in size]
+    whole, first, gone = torch.cat(pointing), sum(size[:since]), []
+    owner = torch.arange(len(size)).repeat_interleave(torch.tensor(size))
+    length = whole.double().norm(dim=1)
+    for rows in torch.arange(len(whole)).split(512):
+        later = slice(max(first, int(rows[0])), None)
+        near = whole[rows] @ whole[later].T > anew * torch.outer(length[rows], length[later])
+        gone.append((near & (owner[later] > owner[rows, None])).any(1))
+    return list(torch.cat(gone).split(size))
+
+
+def compact_sessions(ctm: CTMBlock, sessions: list[Factors], rule: WriteRule = WriteRule(),
+                     free: Tensor | None = None) -> Plastic:
+    """The memory that sessions make, one after the other, without what is told anew later.
+    free: P of an empty memory, where it is at hand already."""
+    empty = room_left(ctm, None, rule) if free is None else free
+    plastic, root = Plastic(Plastic.blank(ctm).weight, empty), torch.linalg.cholesky(empty)
+    gone = superseded([bearings(root, f) for f in sessions], rule.anew)
+    for factors, again in zip(sessions, gone):
+        plastic = compact_memory(ctm, plastic, factors.rows(~again), rule)
+    return plastic
 
 
 def homeostasis(ctm: CTMBlock, weight: Tensor, rule: WriteRule) -> float:
@@ -463,6 +507,15 @@ class Snapshot(NamedTuple):
         return self.alpha / self.beta.clamp(min=1e-9)  # 0 / 0 is 0: what never lived leans nowhere
 
 
+class Written(NamedTuple):
+    """A memory, and what going on from it takes."""
+    plastic: Plastic
+    pointing: list[Tensor] = []  # of each session, its bearings (n, S)
+    anew: list[Tensor] = []     # (n,) bool: which of its keys a later session has again
+    done: int = 0               # so many sessions fill whole blocks;
+    full: Plastic | None = None  # the memory that these make
+
+
 class Store:
     """Sessions on disk, and the memory W_m that they make; the only way to the disk.
 
@@ -485,7 +538,7 @@ class Store:
         self.folder, self.model, self.read_only = Path(folder), model, read_only
         self.rule, self.max_drift = rule, max_drift
         self.base = f"{backbone_hash(model)}-{fingerprint(model.ctm)}"
-        self._text, self._lock, self._full = text, None, (0, Plastic.blank(model.ctm))
+        self._text, self._lock = text, None
         if self._holds_something() and not (self.folder / "manifest.json").is_file():
             raise ValueError(f"expected a memory or a new folder at {self.folder}, found other "
                              "files: choose another --memory_dir")
@@ -502,7 +555,7 @@ class Store:
             self.dropped = self._chosen(forget) if forget else []
             self.entries = [e for e in self.entries if e not in self.dropped]
             self.factors = [self._load(e) for e in self.entries]
-            self._plastic, self._full = self._written(self.factors, self._full)
+            self._now = self._written(self.factors)
             if self.dropped:
                 self._replace_manifest(self.entries)
             if not read_only:  # only once all that is named was found whole
@@ -536,8 +589,8 @@ class Store:
 
     def plastic(self) -> Tensor | None:
         """W_m (D, S) fp32 on the model's device; None while nothing was ever told."""
-        return (self._plastic.weight.float().to(self.model.ctm.start_z.device) if self.entries
-                else None)
+        return (self._now.plastic.weight.float().to(self.model.ctm.start_z.device)
+                if self.entries else None)
 
     def nearest(self, about: Tensor, top_k: int = 1, half_life_s: float = 30 * 86400.0,
                 threshold: float = 0.5) -> Tensor | None:
@@ -562,8 +615,8 @@ class Store:
         """What each living session adds where memory reads keys (n, S) of unit length: (sessions,
         n, D), whose sum is W_m k."""
         plastic, parts, keys = Plastic.blank(self.model.ctm), [], keys.double().cpu()
-        for factors in self.factors:
-            after = compact_memory(self.model.ctm, plastic, factors, self.rule)
+        for factors, anew in zip(self.factors, self._now.anew):
+            after = compact_memory(self.model.ctm, plastic, factors.rows(~anew), self.rule)
             parts.append(keys @ (after.weight - plastic.weight).T)
             plastic = after
         return torch.stack(parts) if parts else keys.new_zeros(0, len(keys), len(plastic.weight))
@@ -585,8 +638,8 @@ class Store:
         if not all(torch.isfinite(x).all() for x in (*factors, *snapshot)):
             raise ValueError("expected a finite session, found values that are not: nothing is "
                              "written, the store is as before")
-        plastic, full = self._written([*self.factors, factors], self._full)
-        before, after = self.text.nats(self._plastic.weight), self.text.nats(plastic.weight)
+        now = self._written([*self.factors, factors], self._now)
+        before, after = (self.text.nats(w.plastic.weight) for w in (self._now, now))
         if not after - before <= self.max_drift:
             raise ValueError("expected a session that costs ordinary text at most "
                              f"{self.max_drift} nats, found {after - before:+.2f} "
@@ -595,7 +648,7 @@ class Store:
         entry = {"id": "", "told_at": time.time(), "tokens": tokens, "factors": len(factors.keys),
                  "text_nats": [round(before, 4), round(after, 4)]}
         self._add([(entry, factors, snapshot)])
-        self._plastic, self._full = plastic, full
+        self._now = now
         return entry
 
     def forget(self, which: str) -> int:
@@ -603,10 +656,10 @@ class Store:
         The rest is written anew."""
         gone = self._chosen(which)
         living = [(e, f) for e, f in zip(self.entries, self.factors) if e not in gone]
-        plastic, full = self._written([f for _, f in living], (0, Plastic.blank(self.model.ctm)))
+        now = self._written([f for _, f in living])
         self._replace_manifest([e for e, _ in living])
-        self.entries, self.factors = [e for e, _ in living], [f for _, f in living]
-        self._plastic, self._full = plastic, full
+        self.entries, self.factors, self._now = ([e for e, _ in living], [f for _, f in living],
+                                                 now)
         self._remove_orphans()
         return len(gone)
 
@@ -624,9 +677,10 @@ class Store:
                              f"({len(found)} begin so): known are {known}")
         return (exact or found)[0]
 
-    def show(self, which: str) -> tuple[dict, Factors]:
-        entry = self.find(which)
-        return entry, self.factors[self.entries.index(entry)]
+    def show(self, which: str) -> tuple[dict, Factors, Tensor]:
+        """-> a session's entry, its n factors, and (n,) bool: which of them were told anew since"""
+        at = self.entries.index(self.find(which))
+        return self.entries[at], self.factors[at], self._now.anew[at]
 
     def export(self, file: str | Path) -> int:
         """Write all living sessions into one safetensors file; -> how many."""
@@ -671,40 +725,57 @@ class Store:
             if found not in present:
                 fresh = {k: entry[k] for k in ("told_at", "tokens", "text_nats")}
                 new.append(({"id": "", **fresh, "factors": len(factors.keys)}, factors, snapshot))
-        plastic, full = self._written([*self.factors, *(f for _, f, _ in new)], self._full)
-        before, after = self.text.nats(self._plastic.weight), self.text.nats(plastic.weight)
+        now = self._written([*self.factors, *(f for _, f, _ in new)], self._now)
+        before, after = (self.text.nats(w.plastic.weight) for w in (self._now, now))
         if not after - before <= self.max_drift:
             raise ValueError(f"{file}: expected a memory that costs ordinary text at most "
                              f"{self.max_drift} nats, found "
                              f"{after - before:+.2f}: nothing is imported; raise --max_drift to "
                              "insist")
         self._add(new)
-        self._plastic, self._full = plastic, full
+        self._now = now
         return len(new)
 
     # -- the disk
 
-    def _written(self, sessions: list[Factors], full: tuple[int, Plastic]
-                 ) -> tuple[Plastic, tuple[int, Plastic]]:
-        """The memory that these sessions make, and `full`: how many of them fill whole blocks, and
-        the memory these make.
+    @functools.cached_property
+    def _blank(self) -> Plastic:
+        """Nothing written yet, its key space inverted once for all."""
+        ctm = self.model.ctm
+        return Plastic(Plastic.blank(ctm).weight, room_left(ctm, None, self.rule))
+
+    @functools.cached_property
+    def _root(self) -> Tensor:
+        return torch.linalg.cholesky(self._blank.free)
+
+    def _written(self, sessions: list[Factors], before: "Written | None" = None) -> "Written":
+        """The memory that these sessions make; those in `before` came first.
 
         A block is one factorisation, of BLOCK factors or more, or a session where the rule looks at
         each: opening a thousand sessions takes seconds, and every way to the same sessions ends in
-        the same bits. Goes on from `full`.
+        the same bits. Goes on from the blocks of `before`, unless what they hold is told anew.
         """
+        before = before or Written(Plastic.blank(self.model.ctm))
+        if not sessions:
+            return before
+        known = len(before.anew)
+        pointing = before.pointing + [bearings(self._root, f) for f in sessions[known:]]
+        anew = superseded(pointing, self.rule.anew, known)
+        for i, gone in enumerate(before.anew):
+            anew[i] = anew[i] | gone
+        same = all(map(torch.equal, anew[:before.done], before.anew))
+        done, full = (before.done, before.full or self._blank) if same else (0, self._blank)
         each = (self.rule.fade < 1 or math.isfinite(self.rule.cap)
                 or math.isfinite(self.rule.norm_cap))
-        (done, plastic), block = full, []
-        for factors in sessions[done:]:
-            block.append(factors)
-            if each or sum(len(f.keys) for f in block) >= BLOCK:
-                plastic, done, block = self._compacted(plastic, block), done + len(block), []
-        return self._compacted(plastic, block) if block else plastic, (done, plastic)
-
-    def _compacted(self, plastic: Plastic, block: list[Factors]) -> Plastic:
-        return compact_memory(self.model.ctm, plastic, Factors(*map(torch.cat, zip(*block))),
-                              self.rule)
+        plastic, block = full, []
+        for i in range(done, len(sessions)):
+            block.append(sessions[i].rows(~anew[i]))
+            whole = Factors(*map(torch.cat, zip(*block)))
+            if each or len(whole.keys) >= BLOCK:
+                full = compact_memory(self.model.ctm, full, whole, self.rule)
+                done, block = i + 1, []
+        plastic = compact_memory(self.model.ctm, full, whole, self.rule) if block else full
+        return Written(plastic, pointing, anew, done, full)
 
     def _add(self, sessions: list[tuple[dict, Factors, Snapshot]]) -> None:
         """Files first, flushed; then the manifest; then memory."""

@@ -208,14 +208,16 @@ def list_sessions(store: Store) -> None:
 
 
 def show_one(store: Store, which: str) -> None:
-    entry, factors = store.show(which)
-    print(f"session {entry['id']}: {entry['tokens']} tokens, {entry['factors']} kept")
-    for position, tick, surprise, reward, salient, value in zip(
+    entry, factors, anew = store.show(which)
+    print(f"session {entry['id']}: {entry['tokens']} tokens, {entry['factors']} kept, "
+          f"{int(anew.sum())} of them told anew since")
+    for position, tick, surprise, reward, salient, value, again in zip(
             factors.position.tolist(), factors.tick.tolist(), factors.surprise.tolist(),
             factors.dopamine.tolist(), factors.salience.tolist(),
-            factors.values.norm(dim=1).tolist()):
+            factors.values.norm(dim=1).tolist(), anew.tolist()):
         print(f"  token {position:4d}  tick {tick + 1:2d}  surprise {surprise:5.2f} nats  dopamine "
-              f"{reward:.2f}  salience {salient:.2f}  size {value:.2f}")
+              f"{reward:.2f}  salience {salient:.2f}  size {value:.2f}"
+              + "  told anew since" * again)
 
 
 def look_after(model: NanoCTM) -> None:

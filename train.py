@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 import configurator
 import data
-from memory import (Lived, Plastic, SessionMemory, compact_memory, dopamine, prediction_error,
+from memory import (Lived, SessionMemory, compact_sessions, dopamine, prediction_error,
                     read_session, salience, salience_logit)
 from model import (HEAD_ENTRIES, BackboneConfig, CTMBlock, NanoCTM, Thought, ThoughtConfig, Ticks,
                    at_tick, block_module, choose_device, fingerprint, flops_per_token,
@@ -623,9 +623,7 @@ def recall_from_weights(model: NanoCTM, words: data.Tokenizer, n_facts: int,
     sessions = [words.encode("".join(p.text for p in world.told(facts[at:at + per_session])))
                 for at in range(0, n_facts, per_session)]
     tokens = torch.from_numpy(data.padded(sessions, -1)).to(model.ctm.start_z.device)
-    plastic = Plastic.blank(model.ctm)
-    for factors in read_session(model, tokens, chunk)[1]:
-        plastic = compact_memory(model.ctm, plastic, factors)
+    plastic = compact_sessions(model.ctm, read_session(model, tokens, chunk)[1])
     asked = world.rng.sample(facts, min(n_facts, eval_questions))
     said = replies(model, words, [data.user_turn(world.ask(f, held_out=True)) for f in asked],
                    plastic=plastic.weight.float().to(tokens.device))

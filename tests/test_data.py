@@ -146,7 +146,8 @@ def test_episodes_ask_what_was_told_and_know_where(words, step):
         name = re.match(r"\w+", asked)[0]
         relation, = [r for r in data.RELATIONS.values()
                      if asked == r.statements[0].split("{v}")[0].format(n=name) + "..."]
-        assert not any(re.search(s.format(n=name, v=r"\w+"), everything) for s in relation.statements)
+        assert not any(re.search(s.format(n=name, v=r"\w+"), everything)
+                       for s in relation.statements)
     for row, at in e.told_at:                                       # news: a value to its full stop
         value = words.decode(
             e.told[row, at + 1:at + 1 + int(e.news[row, at:].cumprod().sum())].tolist())

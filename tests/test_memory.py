@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import randomised, same, some_tokens
-from memory import (Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, _sealed,
-                    compact_memory, engrams, norm_ratio, output_change, read_session)
+from memory import (Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, _sealed, bearings,
+                    compact_memory, compact_sessions, engrams, norm_ratio, output_change,
+                    read_session, room_left, superseded)
 from model import Cache, generate
 
 ROOT = Path(__file__).parent.parent
@@ -195,6 +196,31 @@ def test_a_written_key_answers_a_repeated_one_adds_nothing_and_a_changed_one_rep
     assert (facts.keys.double() @ changed.weight.T + facts.values).abs().max() < 1e-2
 
 
+def again(model, old: Factors, seed: int, of: int = 1) -> Factors:
+    """A session that has the first keys of an old one, a little otherwise, and values of its own.
+    """
+    new = some_factors(model, len(old.keys), seed)
+    near = torch.nn.functional.normalize(old.keys[:of] + 0.01 * new.keys[:of], dim=1)
+    return new._replace(keys=torch.cat([near, new.keys[of:]]))
+
+
+def test_what_a_later_session_tells_anew_is_left_out_and_nothing_else(model):
+    rule, ctm = WriteRule(anew=0.98), model.ctm
+    first, other = some_factors(model, 6, 1), some_factors(model, 6, 2)
+    twice = first._replace(keys=torch.cat([first.keys[:1], first.keys[:5]]))    # in one session
+    later = again(model, first, 3, of=2)
+    root = torch.linalg.cholesky(room_left(ctm, None, rule))
+    pointing = [bearings(root, f) for f in (twice, other, later)]
+    gone = superseded(pointing, rule.anew)
+    assert [g.tolist() for g in gone] == [[True, True, True, False, False, False], [False] * 6,
+                                          [False] * 6]
+    assert all(map(torch.equal, superseded(pointing, rule.anew, since=2), gone))
+    assert not any(g.any() for g in superseded(pointing[::-1], 1.01))
+    both = compact_sessions(ctm, [first, other, later], rule)
+    without = compact_sessions(ctm, [first.rows(torch.arange(2, 6)), other, later], rule)
+    assert torch.equal(both.weight, without.weight)
+
+
 def test_caps_bound_the_write_and_keep_its_direction(model):
     free = compact_memory(model.ctm, Plastic.blank(model.ctm), some_factors(model, 5), WriteRule())
     for rule, measure in ((WriteRule(cap=0.001), output_change),
@@ -234,6 +260,19 @@ def everything(folder: Path) -> dict[str, bytes]:
             if p.is_file() and p.name != "lock"}
 
 
+def test_forgetting_what_was_told_anew_brings_back_what_was_told_before(small, tmp_path):
+    first = some_factors(small, 4, 1)
+    with Store(tmp_path, small, rule=WriteRule(anew=0.98), max_drift=math.inf) as store:
+        told = store.commit(first, a_snapshot(small), 20)["id"]
+        commit(store, 2)
+        before = store.plastic()
+        changed = store.commit(again(small, first, 3), a_snapshot(small, 3), 20)["id"]
+        assert store.show(told)[2].tolist() == [True, False, False, False]
+        assert not store.show(changed)[2].any() and not torch.equal(store.plastic(), before)
+        store.forget(changed)
+        assert torch.equal(store.plastic(), before) and not store.show(told)[2].any()
+
+
 def test_what_is_loaded_equals_what_was_saved_and_a_forgotten_session_was_never_told(
         small, tmp_path):
     with (Store(tmp_path / "a", small, max_drift=math.inf) as a,
@@ -256,10 +295,14 @@ def test_what_is_loaded_equals_what_was_saved_and_a_forgotten_session_was_never_
 
 def test_every_way_to_the_same_sessions_ends_in_the_same_bits(small, tmp_path):
     """One by one, reopened half-way, imported at once, or with one between that was forgotten:
-    blocks of 64 factors fall alike."""
+    blocks of 64 factors fall alike, also where the twelfth and the sixteenth session tell anew what
+    a whole block, and an open one, hold."""
+    sessions = [some_factors(small, 10, seed) for seed in range(51)]
+    sessions[12], sessions[16] = (again(small, sessions[1], 12),
+                                  again(small, sessions[15], 16, of=3))
+    sessions[50] = again(small, sessions[2], 50)
     def commit_some(store, seeds) -> list[dict]:
-        return [store.commit(some_factors(small, 10, seed), a_snapshot(small, seed), 12)
-                for seed in seeds]
+        return [store.commit(sessions[seed], a_snapshot(small, seed), 12) for seed in seeds]
     with Store(tmp_path / "a", small, max_drift=math.inf) as a:
         commit_some(a, range(9))
     with Store(tmp_path / "a", small, max_drift=math.inf) as a:
@@ -272,10 +315,11 @@ def test_every_way_to_the_same_sessions_ends_in_the_same_bits(small, tmp_path):
             commit_some(b, range(17))
             c.import_from(tmp_path / "all.safetensors")
             assert torch.equal(a.plastic(), b.plastic()) and torch.equal(a.plastic(), c.plastic())
-    one_by_one = Plastic.blank(small.ctm)
-    for seed in range(17):
-        one_by_one = compact_memory(small.ctm, one_by_one, some_factors(small, 10, seed).rounded())
+    one_by_one = compact_sessions(small.ctm, [f.rounded() for f in sessions[:17]])
+    all_kept = compact_sessions(small.ctm, [f.rounded() for f in sessions[:17]],
+                                WriteRule(anew=math.inf))
     assert (a.plastic() - one_by_one.weight).abs().max() < 1e-5
+    assert (a.plastic() - all_kept.weight).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("loud", [1.0, 100.0])
