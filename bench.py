@@ -502,6 +502,13 @@ def wilson(share: float, n: int, z: float = 1.96) -> list[float]:
     return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
 
 
+def difference_interval(won: float, lost: float, n: int, z: float = 1.96) -> list[float]:
+    """The 95 % interval of won - lost, two shares of the same n questions asked twice (Wald, for
+    matched pairs)."""
+    half = z * math.sqrt(max(0.0, won + lost - (won - lost) ** 2) / n)
+    return [won - lost - half, won - lost + half]
+
+
 def after_restart(mind: Mind, folder: Path, stores: list[tuple[list, list[str]]]
                   ) -> list[list[str]]:
     """Commit sessions to a store each, then let a new process open them and answer;
@@ -1145,14 +1152,16 @@ def by_editing(s: Sample, which: list[int], weight: float) -> Taught:
 
 def ablation_figures(s: Sample) -> dict:
     """A hundred facts with one ingredient of the write taken away, or put in: recall in other
-    words, and what it does to text."""
-    mind, found = s.mind, {}
-    base_nats = s.nats(None)
+    words, what it does to text, and the share of facts that are lost by it and won."""
+    mind, found, base_nats = s.mind, {}, s.nats(None)
+    whole = list(map(data.is_recalled, mind.ask(s.asked["paraphrase"], s.whole), s.facts))
 
     def note(name: str, plastic: Plastic, who: Mind = mind, ordinary: OrdinaryText = s.ordinary,
              before: float = base_nats) -> None:
-        said = who.ask(s.asked["paraphrase"], plastic)
-        found[f"ablation_{name}"] = mean(map(data.is_recalled, said, s.facts))
+        right = list(map(data.is_recalled, who.ask(s.asked["paraphrase"], plastic), s.facts))
+        found[f"ablation_{name}"] = mean(right)
+        found[f"ablation_{name}_lost"] = mean(w and not r for w, r in zip(whole, right))
+        found[f"ablation_{name}_won"] = mean(r and not w for w, r in zip(whole, right))
         found[f"ablation_{name}_text"] = ordinary.nats(plastic.weight) / before
 
     note("nothing", s.whole)
@@ -1470,13 +1479,14 @@ def full_figures(found: dict[str, dict]) -> dict:
             print(f"{'{},{}'.format(*shape):12s}{name:12s}"
                   + "".join(f"{v['mqar_{},{}_{}_{}'.format(*shape, name, S)]:11.3f}"
                             for S in MQAR_STATES))
-    ablation = {k[9:]: {"recall": x, "interval": wilson(x, 100 * seeds), "text": v[k + "_text"]}
-                for k, x in v.items()
-                if k.startswith("ablation_") and not k.endswith("_text")}
-    print(f"\n{'without':30s} {'recall':>7s} {'95 % interval':>15s} {'text x':>8s}")
+    ablation = {k[9:-5]: {"recall": v[k[:-5]], "text": x, "change": v[k[:-5] + "_won"]
+                          - v[k[:-5] + "_lost"], "interval": difference_interval(
+                              v[k[:-5] + "_won"], v[k[:-5] + "_lost"], 100 * seeds)}
+                for k, x in v.items() if k.startswith("ablation_") and k.endswith("_text")}
+    print(f"\n{'without':36s} {'recall':>7s} {'change':>7s} {'95 % interval':>18s} {'text x':>8s}")
     for name, a in ablation.items():
-        print(f"{name:30s} {a['recall']:7.3f} {a['interval'][0]:7.3f} .. {a['interval'][1]:.3f} "
-              f"{a['text']:8.4f}")
+        print(f"{name:36s} {a['recall']:7.3f} {a['change']:+7.3f}   {a['interval'][0]:+.3f} .. "
+              f"{a['interval'][1]:+.3f} {a['text']:8.4f}")
     return {"arms": arms, "ablation": ablation,
             "two_hop": {k[4:]: x for k, x in v.items() if k.startswith("hop_")},
             "mqar": {k[5:]: x for k, x in v.items() if k.startswith("mqar_")}}

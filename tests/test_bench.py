@@ -20,6 +20,18 @@ def test_calibration_error_is_zero_when_confidence_is_the_hit_rate_and_the_gap_w
             == pytest.approx(0.19, abs=1e-3))
 
 
+def test_intervals_hold_what_they_should():
+    """Of the same share asked 400 times over, 95 % of the intervals hold it."""
+    chance = torch.Generator().manual_seed(0)
+    shares = torch.tensor([0.5, 0.6])[:, None, None]
+    before, after = torch.rand(2, 400, 300, generator=chance) < shares
+    won, lost = (after & ~before).float().mean(1), (before & ~after).float().mean(1)
+    paired = [bench.difference_interval(*x, 300) for x in zip(won.tolist(), lost.tolist())]
+    single = [bench.wilson(float(x), 300) for x in after.float().mean(1)]
+    for found, true in ((paired, 0.1), (single, 0.6)):
+        assert 0.92 < sum(low < true < high for low, high in found) / 400 < 0.98
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.35, 1.1])
 def test_simulated_halting_is_what_the_model_does_when_it_halts(threshold):
     model, tokens = (randomised("more pairs than neurons"),
