@@ -1242,6 +1242,40 @@ def synapse_change(s: Sample, cap: float) -> dict[str, Tensor]:
 
 
 # -----------------------------------------------------------------------------
+# memory --full: forgetting
+
+def forgetting_figures(s: Sample) -> dict:
+    """Each of ten sessions in turn forgotten from a store on disk: what is still recalled of it,
+    what the other ninety facts lose, how often store and memory are those, to the bit, of a store
+    that was never told, and how often a name or a value of it is left in any file."""
+    mind, text = s.mind, OrdinaryText(s.mind.model)
+    before = list(map(data.is_recalled, mind.ask(s.asked["paraphrase"], s.whole), s.facts))
+    found = {"recall": [], "others_lose": [], "as_never_told": [], "words_left": []}
+    for gone, facts in enumerate(batches(s.facts, 10)):
+        with tempfile.TemporaryDirectory() as where:
+            with (Store(Path(where) / "a", mind.model, max_drift=math.inf, text=text) as store,
+                  Store(Path(where) / "b", mind.model, max_drift=math.inf, text=text) as never):
+                ids = [store.commit(*told)["id"] for told in s.left]
+                store.forget(ids[gone])
+                for told in s.left[:gone] + s.left[gone + 1:]:
+                    never.commit(*told)
+                weight, other = store.plastic(), never.plastic()
+            left, without = (files(Path(where) / name) for name in "ab")
+        # a manifest says when each was told
+        manifest, _ = (blobs.pop("manifest.json") for blobs in (left, without))
+        found["as_never_told"].append(torch.equal(weight, other) and left == without)
+        found["words_left"].append(any(word.encode() in blob for blob in [*left.values(), manifest]
+                                       for f in facts for word in (f.name, f.value)))
+        after = list(map(data.is_recalled, mind.ask(s.asked["paraphrase"], Plastic(weight)),
+                         s.facts))
+        own = slice(10 * gone, 10 * gone + 10)
+        found["recall"] += after[own]
+        found["others_lose"].append(mean(before[:own.start] + before[own.stop:])
+                                    - mean(after[:own.start] + after[own.stop:]))
+    return {f"forget_{k}": mean(x) for k, x in found.items()}
+
+
+# -----------------------------------------------------------------------------
 # memory --full: two hops and denials
 
 DESCRIBED = {"home": "the one who lives in {v}", "job": "the {v}",
@@ -1458,7 +1492,8 @@ OPPONENTS = {"weights": (by_writing,), "retrieval": (by_retrieval, (2, 4, 8)),
              "edit": (by_editing, (0.001, 0.1, 10.0, 100.0))}
 FULL_PARTS = {f"opponent {name}": functools.partial(
     lambda s, name: opponent_figures(s, name, *OPPONENTS[name]), name=name) for name in OPPONENTS}
-FULL_PARTS |= {"ablation": ablation_figures, "two hops": hop_figures, "mqar": mqar_figures}
+FULL_PARTS |= {"ablation": ablation_figures, "forgetting": forgetting_figures,
+               "two hops": hop_figures, "mqar": mqar_figures}
 
 
 def full_figures(found: dict[str, dict]) -> dict:
@@ -1488,6 +1523,7 @@ def full_figures(found: dict[str, dict]) -> dict:
         print(f"{name:36s} {a['recall']:7.3f} {a['change']:+7.3f}   {a['interval'][0]:+.3f} .. "
               f"{a['interval'][1]:+.3f} {a['text']:8.4f}")
     return {"arms": arms, "ablation": ablation,
+            "forgetting": {k[7:]: x for k, x in v.items() if k.startswith("forget_")},
             "two_hop": {k[4:]: x for k, x in v.items() if k.startswith("hop_")},
             "mqar": {k[5:]: x for k, x in v.items() if k.startswith("mqar_")}}
 
