@@ -323,7 +323,7 @@ def read_session(model: NanoCTM, tokens: Tensor, chunk: int = 32,
 class WriteRule:
     """How compact_memory writes; the defaults are what `python bench.py memory` measures."""
     n0: float = 100.0           # protection of ordinary text: as many keys as this weigh on P
-    n_due: float = 5.0      # the same of keys at which somebody's value is due: nobody's own
+    n_due: float = 30.0     # the same of keys at which somebody's value is due: nobody's own
     ridge: float = 0.001        # lambda
     fade: float = 1.0  # mu: how much of the protection of past keys is left a session later
     cap: float = math.inf  # homeostasis: output power on ordinary text, W_m's over W_c's, at most
