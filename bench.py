@@ -47,8 +47,9 @@ from tqdm import tqdm
 import configurator
 import data
 from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule,
-                    about, bearings, compact_memory, compact_sessions, dopamine, engrams,
-                    norm_ratio, output_change, read_session, salience, salience_logit, superseded)
+                    about, bearings, compact_memory, compact_sessions, dopamine, engrams, lens,
+                    norm_ratio, output_change, read_session, room_left, salience, salience_logit,
+                    superseded)
 from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block_module,
                    flops_per_token, load_backbone, load_graft, mean_and_square,
                    read_tensors, replies, save_backbone, save_graft, successors)
@@ -795,8 +796,9 @@ def write_cost(mind: Mind, texts: list[str]) -> float:
     def read(threshold: float | None) -> None:
         pointing: list[Tensor] = []
         if threshold is not None:
-            plastic = compact_sessions(mind.ctm, [])
-            root = torch.linalg.cholesky(plastic.free)
+            plastic = Plastic(Plastic.blank(mind.ctm).weight,
+                              room_left(mind.ctm, None, WriteRule()))
+            root = lens(plastic.free)
         for tokens in ids:
             session = SessionMemory(mind.model, 1,
                                     threshold=1.1 if threshold is None else threshold)

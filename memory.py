@@ -391,12 +391,18 @@ def room_left(ctm: CTMBlock, free: Tensor | None, rule: WriteRule) -> Tensor:
     return torch.linalg.inv(prior)
 
 
+def lens(free: Tensor) -> Tensor:
+    """P (S, S) of an empty memory -> its root, fp32: two keys through it are as near each other as
+    the write finds them."""
+    return torch.linalg.cholesky(free).float()
+
+
 def bearings(root: Tensor, factors: Factors) -> Tensor:
-    """Where each key points as an empty memory's P = root root' (S, S) sees it: (n, S) whole
-    numbers in fp32, so that a product of two is exact in any order (S <= 4,200) and every way to
-    the same sessions finds the same told anew."""
-    seen = factors.unit_keys().cpu() @ root
-    return (63 * seen / seen.abs().amax(1, keepdim=True)).round().float()
+    """Where each key points, seen through the `lens` of an empty memory: (n, S) whole numbers in
+    fp32, so that a product of two is exact in any order (S <= 4,200) and every way to the same
+    sessions finds the same told anew."""
+    seen = factors.unit_keys().float().cpu() @ root
+    return (63 * seen / seen.abs().amax(1, keepdim=True)).round()
 
 
 def superseded(pointing: list[Tensor], anew: float, since: int = 0) -> list[Tensor]:
@@ -425,7 +431,7 @@ def compact_sessions(ctm: CTMBlock, sessions: list[Factors], rule: WriteRule = W
     """The memory that sessions make, one after the other, without what is told anew later.
     free: P of an empty memory, where it is at hand already."""
     empty = room_left(ctm, None, rule) if free is None else free
-    plastic, root = Plastic(Plastic.blank(ctm).weight, empty), torch.linalg.cholesky(empty)
+    plastic, root = Plastic(Plastic.blank(ctm).weight, empty), lens(empty)
     gone = superseded([bearings(root, f) for f in sessions], rule.anew)
     for factors, again in zip(sessions, gone):
         plastic = compact_memory(ctm, plastic, factors.rows(~again), rule)
@@ -746,7 +752,7 @@ class Store:
 
     @functools.cached_property
     def _root(self) -> Tensor:
-        return torch.linalg.cholesky(self._blank.free)
+        return lens(self._blank.free)
 
     def _written(self, sessions: list[Factors], before: "Written | None" = None) -> "Written":
         """The memory that these sessions make; those in `before` came first.
