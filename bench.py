@@ -591,7 +591,7 @@ def order_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact],
     guessed = mind.write([own_guess(mind, world, f) for f in facts])
     found = {"retention": first, "negation": mind.recall(world, facts, denied),
              "own_guess": mind.recall(world, facts, guessed)}
-    for kind, rule in {"": WriteRule(), "_all_kept": WriteRule(anew=math.inf)}.items():
+    for kind, rule in {"": WriteRule(), "_all_kept": WriteRule(near=math.inf)}.items():
         after, thrice = (compact_sessions(mind.ctm, left + more, rule) for more in (anew, again))
         said = mind.ask(asked, after)
         found |= {f"changed{kind}": mean(map(data.is_recalled, said, changed)),
@@ -806,7 +806,7 @@ def write_cost(mind: Mind, texts: list[str]) -> float:
             if threshold is not None:
                 factors = session.close()[0]
                 pointing.append(bearings(root, factors))
-                superseded(pointing, WriteRule().anew, len(pointing) - 1)
+                superseded(pointing, WriteRule().near, len(pointing) - 1)   # its time
                 plastic = compact_memory(mind.ctm, plastic, factors)
     with torch.no_grad():
         return cpu_seconds(lambda: read(0.5)) / cpu_seconds(lambda: read(None))
@@ -1174,7 +1174,7 @@ def ablation_figures(s: Sample) -> dict:
                        "no projection": WriteRule(project=False),
                        "neither": WriteRule(delta=False, project=False),
                        "weight norm at most 1 %": WriteRule(norm_cap=0.01),
-                       "nothing superseded": WriteRule(anew=math.inf)}.items():
+                       "nothing superseded": WriteRule(near=math.inf)}.items():
         note(name, compact_sessions(mind.ctm, s.factors, rule))
     loud = [f._replace(values=f.values / f.dopamine[:, None]) for f in s.factors]
     note("no dopamine", mind.write(loud))
@@ -1248,8 +1248,12 @@ def synapse_change(s: Sample, cap: float) -> dict[str, Tensor]:
 
 def forgetting_figures(s: Sample) -> dict:
     """Each of ten sessions in turn forgotten from a store on disk: what is still recalled of it,
-    what the other ninety facts lose, how often store and memory are those, to the bit, of a store
-    that was never told, and how often a name or a value of it is left in any file."""
+    what the other ninety facts lose, how often the memory and the sessions' files are those, to the
+    bit, of a store that was never told, and how often a name or a value of it is left in any file.
+
+    The manifest is not compared: it says when each session was told, and what ordinary text cost
+    before and after it, which was measured with the forgotten one still there.
+    """
     mind, text = s.mind, OrdinaryText(s.mind.model)
     before = list(map(data.is_recalled, mind.ask(s.asked["paraphrase"], s.whole), s.facts))
     found = {"recall": [], "others_lose": [], "as_never_told": [], "words_left": []}
@@ -1263,7 +1267,6 @@ def forgetting_figures(s: Sample) -> dict:
                     never.commit(*told)
                 weight, other = store.plastic(), never.plastic()
             left, without = (files(Path(where) / name) for name in "ab")
-        # a manifest says when each was told
         manifest, _ = (blobs.pop("manifest.json") for blobs in (left, without))
         found["as_never_told"].append(torch.equal(weight, other) and left == without)
         found["words_left"].append(any(word.encode() in blob for blob in [*left.values(), manifest]
@@ -1522,8 +1525,9 @@ def full_figures(found: dict[str, dict]) -> dict:
                 for k, x in v.items() if k.startswith("ablation_") and k.endswith("_text")}
     print(f"\n{'without':36s} {'recall':>7s} {'change':>7s} {'95 % interval':>18s} {'text x':>8s}")
     for name, a in ablation.items():
-        print(f"{name:36s} {a['recall']:7.3f} {a['change']:+7.3f}   {a['interval'][0]:+.3f} .. "
-              f"{a['interval'][1]:+.3f} {a['text']:8.4f}")
+        between = "{:+.3f} .. {:+.3f}".format(*a["interval"]) if any(a["interval"]) else "–"
+        print(f"{name:36s} {a['recall']:7.3f} {a['change']:+7.3f}   {between:>16s} "
+              f"{a['text']:8.4f}")
     return {"arms": arms, "ablation": ablation,
             "forgetting": {k[7:]: x for k, x in v.items() if k.startswith("forget_")},
             "two_hop": {k[4:]: x for k, x in v.items() if k.startswith("hop_")},
@@ -1812,9 +1816,13 @@ def hostile_disk(fire: Fire) -> dict:
 
 
 def prices(fire: Fire, sessions: int = 1000) -> dict:
-    """Milliseconds of a commit with all its checks; of opening so many sessions of one to three
-    facts; bytes of a session of ten facts."""
-    world = data.FactWorld(1, "held_out")
+    """Milliseconds of a commit with all its checks; of opening so many sessions of as many factors
+    as one to three facts leave, each with keys of its own, and of a commit there that supersedes
+    the first of them; bytes of a session of ten facts."""
+    world, chance = data.FactWorld(1, "held_out"), torch.Generator().manual_seed(1)
+    def elsewhere(f: Factors) -> Factors:
+        return f._replace(keys=torch.nn.functional.normalize(
+            torch.randn(f.keys.shape, generator=chance), dim=1))
     with Store(fire.folder / "ten", fire.mind.model) as store:
         store.text  # thought about once, before the first commit
         spent = [timed(lambda: store.commit(*told))
@@ -1823,10 +1831,14 @@ def prices(fire: Fire, sessions: int = 1000) -> dict:
                    if name.endswith(".safetensors")) / len(spent)
     with fire.open("many") as store:  # all at once: a thousand manifests would take their time
         store._add([({"id": "", "told_at": float(i), "tokens": n, "text_nats": [0.0, 0.0],
-                      "factors": len(f.keys)}, f.rounded(), s)
+                      "factors": len(f.keys)}, elsewhere(f).rounded(), s)
                     for i in range(sessions) for f, s, n in [fire.told[i % len(fire.told)]]])
     open_s = timed(lambda: fire.open("many", read_only=True).close())
+    with fire.open("many") as store:
+        store.text
+        retold_s = timed(lambda: store.commit(store.factors[0], *fire.told[0][1:]))
     return {"commit_ms": 1000 * mean(spent), f"open_ms_{sessions}_sessions": 1000 * open_s,
+            f"commit_ms_superseding_1_of_{sessions}": 1000 * retold_s,
             "bytes_per_session": size}
 
 

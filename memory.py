@@ -321,7 +321,7 @@ def read_session(model: NanoCTM, tokens: Tensor, chunk: int = 32,
 
 @dataclass(frozen=True)
 class WriteRule:
-    """How compact_memory writes; the defaults are what `python bench.py memory` measures."""
+    """How sessions are written; the defaults are what `python bench.py memory` measures."""
     n0: float = 100.0           # protection of ordinary text: as many keys as this weigh on P
     n_due: float = 30.0     # the same of keys at which somebody's value is due: nobody's own
     ridge: float = 0.001        # lambda
@@ -330,7 +330,7 @@ class WriteRule:
     norm_cap: float = math.inf  # the same for the weights: |W_m| / |W_c| (the seeds' 0.01)
     delta: bool = True          # subtract what the memory already says there
     project: bool = True        # write through P, not along the bare key
-    anew: float = 0.7  # a key as near as this (cosine in P) to a later session's was told anew
+    near: float = 0.7  # a key as near as this (cosine in P) to a later session's is superseded
 
 
 @dataclass(frozen=True)
@@ -405,13 +405,15 @@ def bearings(root: Tensor, factors: Factors) -> Tensor:
     return (63 * seen / seen.abs().amax(1, keepdim=True)).round()
 
 
-def superseded(pointing: list[Tensor], anew: float, since: int = 0) -> list[Tensor]:
+def superseded(pointing: list[Tensor], near: float, since: int = 0) -> list[Tensor]:
     """Which keys of each session a later one, number `since` or after, has again: bearings (n, S)
     per session -> (n,) bool per session.
 
     A fact that changed is at nearly the same key and says otherwise: with both in the memory, a
     question reads some of each. A fact that is told again would take as much room as a new one.
-    DESIGN §3 has no such rule, it protects them like any other; LOG.md has what that costs.
+    DESIGN §3 has no such rule, it protects them like any other; LOG.md has what that costs. Later
+    means after it in the store, so what is imported counts as told last; and a key counts also
+    where it is superseded in turn.
     """
     size = [len(p) for p in pointing]
     if not sum(size):
@@ -421,8 +423,8 @@ def superseded(pointing: list[Tensor], anew: float, since: int = 0) -> list[Tens
     length = whole.double().norm(dim=1)
     for rows in torch.arange(len(whole)).split(512):
         later = slice(max(first, int(rows[0])), None)
-        near = whole[rows] @ whole[later].T > anew * torch.outer(length[rows], length[later])
-        gone.append((near & (owner[later] > owner[rows, None])).any(1))
+        again = whole[rows] @ whole[later].T > near * torch.outer(length[rows], length[later])
+        gone.append((again & (owner[later] > owner[rows, None])).any(1))
     return list(torch.cat(gone).split(size))
 
 
@@ -432,7 +434,7 @@ def compact_sessions(ctm: CTMBlock, sessions: list[Factors], rule: WriteRule = W
     free: P of an empty memory, where it is at hand already."""
     empty = room_left(ctm, None, rule) if free is None else free
     plastic, root = Plastic(Plastic.blank(ctm).weight, empty), lens(empty)
-    gone = superseded([bearings(root, f) for f in sessions], rule.anew)
+    gone = superseded([bearings(root, f) for f in sessions], rule.near)
     for factors, again in zip(sessions, gone):
         plastic = compact_memory(ctm, plastic, factors.rows(~again), rule)
     return plastic
@@ -516,8 +518,8 @@ class Snapshot(NamedTuple):
 class Written(NamedTuple):
     """A memory, and what going on from it takes."""
     plastic: Plastic
-    pointing: list[Tensor] = []  # of each session, its bearings (n, S)
-    anew: list[Tensor] = []     # (n,) bool: which of its keys a later session has again
+    pointing: list[Tensor] | tuple = ()     # of each session, its bearings (n, S)
+    anew: list[Tensor] | tuple = ()         # (n,) bool: which of its keys a later session has again
     done: int = 0               # so many sessions fill whole blocks;
     full: Plastic | None = None  # the memory that these make
 
@@ -700,8 +702,8 @@ class Store:
         return len(self.entries)
 
     def import_from(self, file: str | Path) -> int:
-        """Add the sessions of an exported file, after those that are here; -> how many were new.
-        All or nothing."""
+        """Add the sessions of an exported file, after those that are here, as what was told last;
+        -> how many were new. All or nothing."""
         tensors, about = read_tensors(Path(file))
         if (not about.get("format", "").isdigit() or int(about["format"]) > FORMAT
             or "sessions" not in about):
@@ -765,23 +767,25 @@ class Store:
         if not sessions:
             return before
         known = len(before.anew)
-        pointing = before.pointing + [bearings(self._root, f) for f in sessions[known:]]
-        anew = superseded(pointing, self.rule.anew, known)
+        pointing = [*before.pointing, *(bearings(self._root, f) for f in sessions[known:])]
+        anew = superseded(pointing, self.rule.near, known)
         for i, gone in enumerate(before.anew):
             anew[i] = anew[i] | gone
         same = all(map(torch.equal, anew[:before.done], before.anew))
         done, full = (before.done, before.full or self._blank) if same else (0, self._blank)
         each = (self.rule.fade < 1 or math.isfinite(self.rule.cap)
                 or math.isfinite(self.rule.norm_cap))
-        plastic, block = full, []
+        block: list[Factors] = []
         for i in range(done, len(sessions)):
             block.append(sessions[i].rows(~anew[i]))
-            whole = Factors(*map(torch.cat, zip(*block)))
-            if each or len(whole.keys) >= BLOCK:
-                full = compact_memory(self.model.ctm, full, whole, self.rule)
-                done, block = i + 1, []
-        plastic = compact_memory(self.model.ctm, full, whole, self.rule) if block else full
+            if each or sum(len(f.keys) for f in block) >= BLOCK:
+                full, done, block = self._compacted(full, block), i + 1, []
+        plastic = self._compacted(full, block) if block else full
         return Written(plastic, pointing, anew, done, full)
+
+    def _compacted(self, plastic: Plastic, block: list[Factors]) -> Plastic:
+        return compact_memory(self.model.ctm, plastic, Factors(*map(torch.cat, zip(*block))),
+                              self.rule)
 
     def _add(self, sessions: list[tuple[dict, Factors, Snapshot]]) -> None:
         """Files first, flushed; then the manifest; then memory."""
@@ -875,8 +879,9 @@ class Store:
             if not right or not all(torch.isfinite(x).all() for x in given.values()):
                 raise ValueError(f"{where}: expected finite tensors of this model's shapes, found "
                                  "others: it is damaged or foreign")
-        return (Factors(**factors) if factors is not None else None,
-                Snapshot(**snapshot) if snapshot is not None else None)
+        # copies: what was read stays mapped to its file, which may be written over
+        return tuple(kind(**{k: v.clone() for k, v in given.items()}) if given is not None else None
+                     for kind, given in ((Factors, factors), (Snapshot, snapshot)))
 
     def _remove_orphans(self) -> None:
         """Files that no manifest names: left by a crash before it was replaced, or forgotten."""
