@@ -753,7 +753,7 @@ class Store:
         return Plastic(Plastic.blank(ctm).weight, room_left(ctm, None, self.rule))
 
     @functools.cached_property
-    def _root(self) -> Tensor:
+    def _lens(self) -> Tensor:
         return lens(self._blank.free)
 
     def _written(self, sessions: list[Factors], before: "Written | None" = None) -> "Written":
@@ -767,7 +767,7 @@ class Store:
         if not sessions:
             return before
         known = len(before.anew)
-        pointing = [*before.pointing, *(bearings(self._root, f) for f in sessions[known:])]
+        pointing = [*before.pointing, *(bearings(self._lens, f) for f in sessions[known:])]
         anew = superseded(pointing, self.rule.near, known)
         for i, gone in enumerate(before.anew):
             anew[i] = anew[i] | gone
