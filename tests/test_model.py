@@ -211,8 +211,7 @@ def test_a_memory_for_each_row_is_that_rows_memory(model):
     tokens, W = some_tokens(model, 3, 9), torch.randn(3, *model.ctm.c_proj.weight.shape)
     together = model(tokens, plastic=W).hidden
     for row in range(3):
-        assert torch.allclose(together[row], model(tokens[row:row + 1], plastic=W[row]).hidden[0],
-                              atol=1e-5)
+        same(together[row], model(tokens[row:row + 1], plastic=W[row]).hidden[0])
 
 
 def test_keys_have_unit_root_mean_square(model):
@@ -265,7 +264,7 @@ def test_thinking_about_some_tokens_changes_nothing_for_them(model):
         whole, some = (model.ticks(*model.trunk(given)),
                        model.ticks(*model.trunk(given), where=where))
         for row in range(3):
-            assert torch.allclose(some.out[row], whole.out[row, where[row]], atol=1e-5)
+            same(some.out[row], whole.out[row, where[row]])
             assert torch.equal(some.real[row], whole.real[row, where[row]])
 
 
