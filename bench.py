@@ -48,7 +48,7 @@ import configurator
 import data
 from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule,
                     about, bearings, compact_memory, compact_sessions, dopamine, engrams, lens,
-                    norm_ratio, output_change, read_session, room_left, salience, salience_logit,
+                    norm_ratio, output_change, read_session, salience, salience_logit,
                     superseded)
 from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block_module,
                    flops_per_token, load_backbone, load_graft, mean_and_square,
@@ -364,9 +364,9 @@ class Mind:
         self.ctm, self.settings = self.model.ctm, settings          # of SessionMemory
 
     @functools.cached_property
-    def blank(self) -> Plastic:
-        """Nothing written yet; its key space is inverted once for all."""
-        return compact_sessions(self.ctm, [])
+    def lens(self) -> Tensor:
+        """Of an empty memory, factored once for all."""
+        return lens(self.ctm, WriteRule())
 
     def told(self, sessions: list[str]) -> list[tuple[Factors, Snapshot, int]]:
         """Read each text as one session, side by side:
@@ -384,7 +384,7 @@ class Mind:
         return [f for f, _, _ in self.told(sessions)]
 
     def write(self, factors: list[Factors]) -> Plastic:
-        return compact_sessions(self.ctm, factors, free=self.blank.free)
+        return compact_sessions(self.ctm, factors, root=self.lens)
 
     def ask(self, questions: list[str], plastic: Plastic | None | list[Plastic] = None,
             before: list[str] | None = None) -> list[str]:
@@ -739,13 +739,13 @@ def fine_tune_figures(s: Sample) -> dict:
 
 
 def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
-    """Reading the sessions once; then per factor 6 S^2 for its bearings, P k and P, 4 S D for W,
-    and 2 S^3 once for the first P. The triangular solves within a session, n (S + D) per factor,
+    """Reading the sessions once; then per factor 5 S^2 for its bearings, P k and P, 4 S D for W,
+    and S^3 once for the first P. The triangular solves within a session, n (S + D) per factor,
     are left out: n is a tenth of S."""
     D, S = mind.ctm.c_proj.weight.shape
     f = flops_per_token(mind.model.backbone.config, mind.ctm.config, T)
     return (tokens * (f["trunk"] + f["block"] + f["head"])
-            + sum(len(f.keys) * (6 * S * S + 4 * S * D) for f in factors) + 2 * S ** 3)
+            + sum(len(f.keys) * (5 * S * S + 4 * S * D) for f in factors) + S ** 3)
 
 
 # -- ordinary text, the carry, the warm start, the price
@@ -796,9 +796,8 @@ def write_cost(mind: Mind, texts: list[str]) -> float:
     def read(threshold: float | None) -> None:
         pointing: list[Tensor] = []
         if threshold is not None:
-            plastic = Plastic(Plastic.blank(mind.ctm).weight,
-                              room_left(mind.ctm, None, WriteRule()))
-            root = lens(plastic.free)
+            root = lens(mind.ctm, WriteRule())
+            plastic = Plastic.blank(mind.ctm, root)
         for tokens in ids:
             session = SessionMemory(mind.model, 1,
                                     threshold=1.1 if threshold is None else threshold)

@@ -340,8 +340,10 @@ class Plastic:
     free: Tensor | None = None  # P (S, S); None before the first write
 
     @classmethod
-    def blank(cls, ctm: CTMBlock) -> "Plastic":
-        return cls(torch.zeros(ctm.c_proj.weight.shape, dtype=torch.float64))
+    def blank(cls, ctm: CTMBlock, root: Tensor | None = None) -> "Plastic":
+        """Nothing written yet; with the `lens` of its rule, its P at once."""
+        return cls(torch.zeros(ctm.c_proj.weight.shape, dtype=torch.float64),
+                   None if root is None else torch.cholesky_inverse(root))
 
 
 def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
@@ -379,29 +381,32 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
     return Plastic(weight, torch.addmm(free, toward.T, toward, alpha=-1))
 
 
+def lens(ctm: CTMBlock, rule: WriteRule) -> Tensor:
+    """L (S, S), fp64: what ordinary text takes of the key space is L L', P of an empty memory its
+    inverse; so two keys through L^-1 are as near each other as the write finds them."""
+    common = rule.n0 * ctm.key_moment.double() + rule.n_due * ctm.due_moment.double()
+    return torch.linalg.cholesky(
+        common.cpu() + rule.ridge * torch.eye(ctm.config.sync, dtype=torch.float64))
+
+
 def room_left(ctm: CTMBlock, free: Tensor | None, rule: WriteRule) -> Tensor:
     """P (S, S) at the beginning of a session: what ordinary text and earlier keys, faded by a
     session, leave of the key space."""
     if free is not None and rule.fade == 1:
         return free
-    common = rule.n0 * ctm.key_moment.double() + rule.n_due * ctm.due_moment.double()
-    prior = common.cpu() + rule.ridge * torch.eye(ctm.config.sync, dtype=torch.float64)
-    if free is not None:  # what rounding leaves asymmetric would grow with every inversion
-        prior = prior + rule.fade * (torch.linalg.inv((free + free.T) / 2) - prior)
-    return torch.linalg.inv(prior)
-
-
-def lens(free: Tensor) -> Tensor:
-    """P (S, S) of an empty memory -> its root, fp32: two keys through it are as near each other as
-    the write finds them."""
-    return torch.linalg.cholesky(free).float()
+    root = lens(ctm, rule)
+    if free is None:
+        return torch.cholesky_inverse(root)
+    prior = root @ root.T
+    # what rounding leaves asymmetric would grow with every inversion
+    return torch.linalg.inv(prior + rule.fade * (torch.linalg.inv((free + free.T) / 2) - prior))
 
 
 def bearings(root: Tensor, factors: Factors) -> Tensor:
     """Where each key points, seen through the `lens` of an empty memory: (n, S) whole numbers in
     fp32, so that a product of two is exact in any order (S <= 4,200) and every way to the same
     sessions finds the same told anew."""
-    seen = factors.unit_keys().float().cpu() @ root
+    seen = torch.linalg.solve_triangular(root, factors.unit_keys().cpu().T, upper=False).T.float()
     return (63 * seen / seen.abs().amax(1, keepdim=True)).round()
 
 
@@ -429,11 +434,11 @@ def superseded(pointing: list[Tensor], near: float, since: int = 0) -> list[Tens
 
 
 def compact_sessions(ctm: CTMBlock, sessions: list[Factors], rule: WriteRule = WriteRule(),
-                     free: Tensor | None = None) -> Plastic:
+                     root: Tensor | None = None) -> Plastic:
     """The memory that sessions make, one after the other, without what is told anew later.
-    free: P of an empty memory, where it is at hand already."""
-    empty = room_left(ctm, None, rule) if free is None else free
-    plastic, root = Plastic(Plastic.blank(ctm).weight, empty), lens(empty)
+    root: the `lens` of an empty memory, where it is at hand already."""
+    root = lens(ctm, rule) if root is None else root
+    plastic = Plastic.blank(ctm, root)
     gone = superseded([bearings(root, f) for f in sessions], rule.near)
     for factors, again in zip(sessions, gone):
         plastic = compact_memory(ctm, plastic, factors.rows(~again), rule)
@@ -622,7 +627,7 @@ class Store:
     def told_by(self, keys: Tensor) -> Tensor:
         """What each living session adds where memory reads keys (n, S) of unit length: (sessions,
         n, D), whose sum is W_m k."""
-        plastic, parts, keys = Plastic.blank(self.model.ctm), [], keys.double().cpu()
+        plastic, parts, keys = self._blank, [], keys.double().cpu()
         for factors, anew in zip(self.factors, self._now.anew):
             after = compact_memory(self.model.ctm, plastic, factors.rows(~anew), self.rule)
             parts.append(keys @ (after.weight - plastic.weight).T)
@@ -747,14 +752,13 @@ class Store:
     # -- the disk
 
     @functools.cached_property
-    def _blank(self) -> Plastic:
-        """Nothing written yet, its key space inverted once for all."""
-        ctm = self.model.ctm
-        return Plastic(Plastic.blank(ctm).weight, room_left(ctm, None, self.rule))
+    def _lens(self) -> Tensor:
+        return lens(self.model.ctm, self.rule)
 
     @functools.cached_property
-    def _lens(self) -> Tensor:
-        return lens(self._blank.free)
+    def _blank(self) -> Plastic:
+        """Nothing written yet, its key space inverted once for all."""
+        return Plastic.blank(self.model.ctm, self._lens)
 
     def _written(self, sessions: list[Factors], before: "Written | None" = None) -> "Written":
         """The memory that these sessions make; those in `before` came first.

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from conftest import randomised, same, some_tokens
 from memory import (Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, _sealed, bearings,
                     compact_memory, compact_sessions, engrams, lens, norm_ratio,
-                    output_change, read_session, room_left, superseded)
+                    output_change, read_session, superseded)
 from model import Cache, generate
 
 ROOT = Path(__file__).parent.parent
@@ -209,7 +209,7 @@ def test_what_a_later_session_tells_anew_is_left_out_and_nothing_else(model):
     first, other = some_factors(model, 6, 1), some_factors(model, 6, 2)
     twice = first._replace(keys=torch.cat([first.keys[:1], first.keys[:5]]))    # in one session
     later = again(model, first, 3, of=2)
-    root = lens(room_left(ctm, None, rule))
+    root = lens(ctm, rule)
     pointing = [bearings(root, f) for f in (twice, other, later)]
     gone = superseded(pointing, rule.near)
     assert [g.tolist() for g in gone] == [[True, True, True, False, False, False], [False] * 6,
