@@ -3,7 +3,8 @@ first imitation of its FFN, then the tick loss.
 
     torchrun --nproc_per_node=2 train.py config/tiny_phase2.py
     torchrun --nproc_per_node=2 train.py config/tiny_phase2.py \
-        --block=ffn --out_dir=out/tiny_ffn          # the control
+        --block=ffn --teacher=False --imitation_steps=0 \
+        --max_steps=3600 --lr=2e-3 --out_dir=out/tiny_ffn   # the control
 """
 phase = 2
 base = "out/tiny_phase1/last"
@@ -20,7 +21,8 @@ nlm_hidden = 4
 unet_step = 64
 block_head_dim = 64
 thinking_share = 0.375      # 96 of 256
-max_steps = 1600
+max_steps = 2400
+teacher = True              # the text, and what its FFN would say, half and half
 imitation_steps = 500
 lr = 5e-3
 min_lr = 1e-4
