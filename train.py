@@ -111,6 +111,7 @@ teacher = False             # phases 2, 3: without a carry, the FFN and the text
 locality_weight = 1.0       # KL on text and on people never told of, with and without the memory
 salience_weight = 0.5       # cross-entropy of salience with being a value that may be asked for
 baseline_rate = 0.01        # of the running mean and variance of y_out
+moment_batches = 200        # at the end: two rows and 64 facts each, for what a write protects
 # machine
 device = ""                 # "" picks cuda when there is one
 compile = False             # torch.compile one tick
@@ -544,20 +545,26 @@ def apply_moment(moment: torch.Tensor, key: torch.Tensor, before: int, world: in
 
 
 @torch.no_grad()
-def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str, batches: int = 12) -> None:
-    """Once the block is trained: both second moments anew, on so many batches of training material,
-    none of it seen by the running means."""
-    reading, due = [], []
-    for i in range(batches):
+def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str) -> None:
+    """Once the block is trained: both second moments anew, on `moment_batches` of training material.
+    A write finds its way around what they hold, so keys they have too few of are disturbed."""
+    moments = model.ctm.key_moment, model.ctm.due_moment
+    sums, counts = [torch.zeros_like(m, dtype=torch.float64) for m in moments], [0, 0]
+
+    def add(which: int, key: torch.Tensor) -> None:
+        sums[which] += (key.T @ key).double()
+        counts[which] += len(key)
+
+    for i in range(moment_batches):
         rows, e = (tuple(torch.from_numpy(x).to(device) for x in made) for made
                    in (mixture.batch(2, max_steps, i), mixture.episodes(64, max_steps, i)))
         thought = model(rows[0])
-        reading.append(thought.key[thought.real])
+        add(0, thought.key[thought.real])
         for tokens, wanted in ((e[0], e[1] > 0), (e[2], (e[3] > 1) | (e[3] < 0))):  # told, asked
             where = foremost(wanted.float(), int(wanted.sum(1).max()))
-            due.append(model(tokens, where=where).key[wanted.gather(1, where)])
-    apply_moment(model.ctm.key_moment, torch.cat(reading), 0, 1)
-    apply_moment(model.ctm.due_moment, torch.cat(due), 0, 1)
+            add(1, model(tokens, where=where).key[wanted.gather(1, where)])
+    for moment, found, n in zip(moments, sums, counts):
+        moment.copy_((found + found.T) / (2 * n * len(found)))      # symmetric, as a file keeps it
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def phase3(world: Path, out: str, *extra: str) -> subprocess.CompletedProcess:
                  f"--graft={world}/g1/last/graft.safetensors", f"--text={world}/tokens",
                  f"--out_dir={world}/{out}", "--max_steps=8", "--eval_interval=8",
                  "--thinking_share=0.5", "--carry_share=0.5", "--episode_facts=6",
-                 "--carry_facts=3", "--crowd_facts=4", *extra)
+                 "--carry_facts=3", "--crowd_facts=4", "--moment_batches=4", *extra)
 
 
 def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted):
@@ -121,6 +121,7 @@ def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted):
         assert not torch.equal(before[name], after[name]), name
     moment = symmetric(after["key_moment"], len(after["baseline"][0]))
     assert after["ordinary"].any() and torch.linalg.eigvalsh(moment).min() > -1e-6
+    assert moment.trace() == pytest.approx(1)                       # of unit vectors
     log = [json.loads(line) for line in (world / "m1/log.jsonl").read_text().splitlines()]
     assert {"value_nats", "agree", "reading", "rank", "salient_facts", "weights_10",
             "weights_50"} <= log[-1].keys()
