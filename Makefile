@@ -48,7 +48,7 @@ tiny: .venv/installed
 	$(TRAIN) config/tiny_phase1.py
 	$(TRAIN) config/tiny_phase2.py
 	$(TRAIN) config/tiny_phase3.py
-	$(TRAIN) config/tiny_phase2.py --block=ffn --teacher=False --out_dir=out/tiny_ffn --imitation_steps=0 --max_steps=3600 --lr=2e-3
+	$(TRAIN) config/tiny_phase2.py --block=ffn --teacher=False --out_dir=out/tiny_ffn --imitation_steps=0 --max_steps=4400 --lr=2e-3
 	$(RUN) bench.py card
 
 bench: .venv/installed
