@@ -408,6 +408,15 @@ class Mind:
                         self.ask([world.ask(f, held_out) for f in facts], plastic), facts))
 
 
+def expanded(mind: Mind, expand: int) -> Mind:
+    """The same block, whose memory reads another number of features."""
+    ctm = mind.ctm
+    ctm.config = replace(ctm.config, expand=expand)
+    ctm.spread = ctm.spread.new_zeros(expand * ctm.config.sync, ctm.config.sync)
+    ctm.whiten()
+    return mind
+
+
 def batches(items: list, size: int) -> list[list]:
     return [items[at:at + size] for at in range(0, len(items), size)]
 
@@ -670,32 +679,34 @@ def deranged(world: data.FactWorld, facts: list[data.Fact]) -> list[data.Fact]:
 
 
 class FineTuning:
-    """Gradient descent on the very tensor that memory is written beside.
-    Its inputs do not depend on it: thought about once."""
+    """Gradient descent on the very tensor that memory is written beside. Its inputs do not depend
+    on it: thought about once. It reads keys, not features of them, where it does better."""
 
     def __init__(self, mind: Mind, sessions: list[str], lr: float, channels: Tensor | None = None):
         """channels (S,): 1 for those that learn, 0 for the others; None: all."""
-        self.mind, self.sessions, self.channels = mind, [], channels
+        self.mind, self.sessions = mind, []
         for text in sessions:
             tokens = torch.tensor([mind.words.encode(text)])
             thought, known = mind.model(tokens), successors(tokens) >= 0
+            key = thought.key[known] / math.sqrt(thought.key.shape[-1])
             self.sessions.append((thought.at_read_tick(thought.hidden)[known],
-                                  thought.key[known], successors(tokens)[known]))
+                                  key if channels is None else key * channels,
+                                  successors(tokens)[known]))
         self.weight = torch.zeros(mind.ctm.c_proj.weight.shape, requires_grad=True)
         self.optimizer = torch.optim.AdamW([self.weight], lr=lr, weight_decay=0.0)
-        self.tokens, self.passes = sum(len(k) for _, k, _ in self.sessions), 0
+        self.tokens, self.passes = sum(len(key) for _, key, _ in self.sessions), 0
 
     def one_pass(self) -> None:
         """One step per session: the mean cross-entropy of all its tokens at the tick read."""
         for hidden, key, target in self.sessions:
-            key = key if self.channels is None else key * self.channels
-            aided = hidden + key @ self.weight.T / math.sqrt(key.shape[-1])
+            aided = hidden + key @ self.weight.T
             torch.nn.functional.cross_entropy(self.mind.model.head(aided), target).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.passes += 1
 
     def plastic(self) -> Plastic:
+        """Of a mind whose memory reads keys."""
         return Plastic(self.weight.detach().clone())
 
     def flops(self) -> int:
@@ -712,7 +723,8 @@ def fine_tune_figures(s: Sample) -> dict:
 
     N = 1: ten models with a fact each, N = 10: three with ten, N = 100: one.
     """
-    mind, found = s.mind, {}
+    mind, found = expanded(Mind(), 0), {}
+    text = OrdinaryText(mind.model, s.windows[:8])
     for n, models in ((1, 10), (10, 3), (100, 1)):
         chosen = s.facts[:n * models]
         groups = [[text] for text in s.texts[n][:models]] if n < 100 else [s.texts[10]]
@@ -732,20 +744,21 @@ def fine_tune_figures(s: Sample) -> dict:
                 ("fine_tune", (0.01, 0.03, 0.1, 0.3), (1,)),
                 ("fine_tune_to_95", (0.003, 0.01, 0.03), (1, 2, 4, 8, 16, 32, 64, 100))):
             share, tuned = max((trained(lr, stops) for lr in rates), key=lambda run: run[0])
-            found |= {f"{name}_{n}": share, f"{name}_{n}_text_nats": s.nats(tuned[0].plastic()),
+            found |= {f"{name}_{n}": share, f"{name}_{n}_text_nats": text.nats(tuned[0].weight.detach()),
                       f"{name}_{n}_passes": float(tuned[0].passes),
                       f"{name}_{n}_flops": float(tuned[0].flops())}
     return found
 
 
 def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
-    """Reading the sessions once; then per factor 5 S^2 for its bearings, P k and P, 4 S D for W,
-    and S^3 once for the first P. The triangular solves within a session, n (S + D) per factor,
-    are left out: n is a tenth of S."""
-    D, S = mind.ctm.c_proj.weight.shape
+    """Reading the sessions once; then per factor 2 S^2 for its bearings, 2 F S for its features,
+    4 F^2 for P phi and P, 4 F D for W, and F^3 once for the first P. The triangular solves within a
+    session, n (F + D) per factor, are left out: n is a fiftieth of F."""
+    S, (D, width) = mind.ctm.config.sync, Plastic.blank(mind.ctm).weight.shape
+    each = 2 * S * S + 2 * width * S + 4 * width * (width + D)
     f = flops_per_token(mind.model.backbone.config, mind.ctm.config, T)
     return (tokens * (f["trunk"] + f["block"] + f["head"])
-            + sum(len(f.keys) * (5 * S * S + 4 * S * D) for f in factors) + S ** 3)
+            + sum(len(f.keys) for f in factors) * each + width ** 3)
 
 
 # -- ordinary text, the carry, the warm start, the price
@@ -804,7 +817,7 @@ def write_cost(mind: Mind, texts: list[str]) -> float:
             session.read(tokens, Cache())
             if threshold is not None:
                 factors = session.close()[0]
-                pointing.append(bearings(root, factors))
+                pointing.append(bearings(mind.ctm, factors))
                 superseded(pointing, WriteRule().near, len(pointing) - 1)   # its time
                 plastic = compact_memory(mind.ctm, plastic, factors)
     with torch.no_grad():
@@ -879,6 +892,7 @@ def untrained_recall(s: Sample) -> float:
     keys = before.model(before.ctm.ordinary).key.flatten(0, 1)
     before.ctm.key_moment.copy_(keys.T @ keys / len(keys) / keys.shape[1])
     before.ctm.due_moment.zero_()
+    before.ctm.whiten()
     return before.recall(s.world, s.facts, before.write(before.factors(s.texts[10])))
 
 
@@ -1030,7 +1044,8 @@ def by_fine_tuning(passes: int, share: float = 1.0):
                            most_used(s, told_to(s, which), share) if share < 1 else None)
         for _ in range(passes):
             tuned.one_pass()
-        return Taught(tuned.plastic(), flops=float(tuned.flops()))
+        weight = tuned.weight.detach() / math.sqrt(s.mind.ctm.config.sync)
+        return Taught(change={"ctm.c_proj.weight": weight}, flops=float(tuned.flops()))
     return learn
 
 
@@ -1187,11 +1202,14 @@ def ablation_figures(s: Sample) -> dict:
     note("novelty gate",
          mind.write([f._replace(keys=torch.nn.functional.normalize(f.keys, dim=1)) for f in gated]))
     narrow, half = Mind(), torch.arange(mind.ctm.config.sync) % 2   # of what is read, too
-    for moment in (narrow.ctm.key_moment, narrow.ctm.due_moment):
-        moment.mul_(torch.outer(half, half))
-    cut = [f._replace(keys=f.keys * half, values=f.values / f.unit_keys().float().mul(half).norm(
-        dim=1, keepdim=True)) for f in s.factors]
-    note("half of S", narrow.write(cut), narrow)
+    narrow.ctm.whiten((mind.ctm.key_moment * torch.outer(half, half),
+                       mind.ctm.due_moment * torch.outer(half, half)))
+    narrow.ctm.spread.mul_(half)
+    note("half of S", narrow.write(s.factors), narrow)
+    for expand in (0, 1, 4):
+        other = expanded(Mind(), expand)
+        note(f"F = {expand} S" if expand else "along the key itself, no features",
+             other.write(s.factors), other)
     for k in (1, 2, 4):
         few = Mind()
         few.ctm.config = replace(few.ctm.config, ticks=k)
@@ -1382,11 +1400,12 @@ class MatrixState(torch.nn.Module):
 
 
 def mqar_model(S: int, width: int = 64) -> NanoCTM:
-    """One layer of attention and a CTM of 2 ticks, everything to be learned."""
+    """One layer of attention and a CTM of 2 ticks, everything to be learned. Memory reads the keys
+    themselves: it is compared with states of the same bytes."""
     torch.manual_seed(S)
     model = NanoCTM(BackboneConfig(MQAR_VOCABULARY, width, 64, 1, 2, 2, 32, rope_theta=1e4,
                                    max_position_embeddings=512),
-                    ThoughtConfig(2, 2, S, 4, 64, head_dim=32))
+                    ThoughtConfig(2, 2, S, 4, 64, head_dim=32, expand=0))
     model.backbone.initialise()
     # as MatrixState: random tokens, told apart from the start
     torch.nn.init.normal_(model.backbone.embed_tokens.weight, std=width ** -0.5)

@@ -322,6 +322,7 @@ def read_session(model: NanoCTM, tokens: Tensor, chunk: int = 32,
 @dataclass(frozen=True)
 class WriteRule:
     """How sessions are written; the defaults are what `python bench.py memory` measures."""
+    strength: float = 1.2       # times eta, by which v was formed: a question reads less than all
     n0: float = 100.0           # protection of ordinary text: as many keys as this weigh on P
     n_due: float = 30.0     # the same of keys at which somebody's value is due: nobody's own
     ridge: float = 0.001        # lambda
@@ -330,19 +331,20 @@ class WriteRule:
     norm_cap: float = math.inf  # the same for the weights: |W_m| / |W_c| (the seeds' 0.01)
     delta: bool = True          # subtract what the memory already says there
     project: bool = True        # write through P, not along the bare key
-    near: float = 0.7  # a key as near as this (cosine in P) to a later session's is superseded
+    near: float = 0.7  # a key as near as this to a later session's (cosine, whitened) is superseded
 
 
 @dataclass(frozen=True)
 class Plastic:
     """A written memory: W_m, and what is still free of the key space. Both fp64, on the CPU."""
-    weight: Tensor              # (D, S)
-    free: Tensor | None = None  # P (S, S); None before the first write
+    weight: Tensor              # (D, F)
+    free: Tensor | None = None  # P (F, F); None before the first write
 
     @classmethod
     def blank(cls, ctm: CTMBlock, root: Tensor | None = None) -> "Plastic":
         """Nothing written yet; with the `lens` of its rule, its P at once."""
-        return cls(torch.zeros(ctm.c_proj.weight.shape, dtype=torch.float64),
+        width = max(ctm.config.expand, 1) * ctm.config.sync
+        return cls(torch.zeros(len(ctm.start_z), width, dtype=torch.float64),
                    None if root is None else torch.cholesky_inverse(root))
 
 
@@ -356,17 +358,18 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
     written, and the delta rule is one triangular solve more. ValueError, and nothing written, when
     anything is not finite.
     """
-    keys, values, weight = factors.unit_keys().cpu(), factors.values.double().cpu(), plastic.weight
+    keys, weight = addresses(ctm, factors), plastic.weight
+    values = rule.strength * factors.values.double().cpu()
     if plastic.free is None and weight.any():
         raise ValueError("expected a memory with its free key space, found W_m alone: it can be "
                          "read and not written to")
     same, free = torch.eye(len(keys), dtype=torch.float64), room_left(ctm, plastic.free, rule)
-    toward = keys @ free                                            # (n, S)
+    toward = keys @ free                                            # (n, F)
     root, flawed = torch.linalg.cholesky_ex(same + keys @ toward.T)
     steps = root.diagonal()
     toward = torch.linalg.solve_triangular(                         # P_i k_i
         root / steps, toward, upper=False, unitriangular=True)
-    # (n, S): unit gain at its own key
+    # (n, F): unit gain at its own key
     along = toward / (steps ** 2 - 1)[:, None] if rule.project else keys
     if rule.delta:  # what earlier sessions, and earlier tokens, say there already
         values = torch.linalg.solve_triangular(
@@ -381,16 +384,21 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
     return Plastic(weight, torch.addmm(free, toward.T, toward, alpha=-1))
 
 
+def addresses(ctm: CTMBlock, factors: Factors) -> Tensor:
+    """Where the write finds each factor: phi (n, F), fp64."""
+    return ctm.features(factors.unit_keys().to(ctm.start_z.device)).cpu()
+
+
 def lens(ctm: CTMBlock, rule: WriteRule) -> Tensor:
-    """L (S, S), fp64: what ordinary text takes of the key space is L L', P of an empty memory its
-    inverse; so two keys through L^-1 are as near each other as the write finds them."""
-    common = rule.n0 * ctm.key_moment.double() + rule.n_due * ctm.due_moment.double()
+    """L (F, F), fp64: what ordinary text takes of the feature space is L L', P of an empty memory
+    its inverse."""
+    text, due = (x.double().cpu() for x in ctm.feature_moments())
     return torch.linalg.cholesky(
-        common.cpu() + rule.ridge * torch.eye(ctm.config.sync, dtype=torch.float64))
+        rule.n0 * text + rule.n_due * due + rule.ridge * torch.eye(len(text), dtype=torch.float64))
 
 
 def room_left(ctm: CTMBlock, free: Tensor | None, rule: WriteRule) -> Tensor:
-    """P (S, S) at the beginning of a session: what ordinary text and earlier keys, faded by a
+    """P (F, F) at the beginning of a session: what ordinary text and earlier keys, faded by a
     session, leave of the key space."""
     if free is not None and rule.fade == 1:
         return free
@@ -402,11 +410,11 @@ def room_left(ctm: CTMBlock, free: Tensor | None, rule: WriteRule) -> Tensor:
     return torch.linalg.inv(prior + rule.fade * (torch.linalg.inv((free + free.T) / 2) - prior))
 
 
-def bearings(root: Tensor, factors: Factors) -> Tensor:
-    """Where each key points, seen through the `lens` of an empty memory: (n, S) whole numbers in
-    fp32, so that a product of two is exact in any order (S <= 4,200) and every way to the same
-    sessions finds the same told anew."""
-    seen = torch.linalg.solve_triangular(root, factors.unit_keys().cpu().T, upper=False).T.float()
+def bearings(ctm: CTMBlock, factors: Factors) -> Tensor:
+    """Where each whitened key points: (n, S) whole numbers in fp32, so that a product of two is
+    exact in any order (S <= 4,200) and every way to the same sessions finds the same told anew."""
+    keys = factors.unit_keys()
+    seen = (keys @ ctm.white.to(keys).T).float().cpu()
     return (63 * seen / seen.abs().amax(1, keepdim=True)).round()
 
 
@@ -439,7 +447,7 @@ def compact_sessions(ctm: CTMBlock, sessions: list[Factors], rule: WriteRule = W
     root: the `lens` of an empty memory, where it is at hand already."""
     root = lens(ctm, rule) if root is None else root
     plastic = Plastic.blank(ctm, root)
-    gone = superseded([bearings(root, f) for f in sessions], rule.near)
+    gone = superseded([bearings(ctm, f) for f in sessions], rule.near)
     for factors, again in zip(sessions, gone):
         plastic = compact_memory(ctm, plastic, factors.rows(~again), rule)
     return plastic
@@ -453,10 +461,11 @@ def homeostasis(ctm: CTMBlock, weight: Tensor, rule: WriteRule) -> float:
 
 
 def output_change(ctm: CTMBlock, weight: Tensor) -> float:
-    """E |W_m k|^2 / E |W_c kappa|^2 on ordinary text: how loud the memory is next to the thought it
-    is added to."""
-    sigma, own = ctm.key_moment.double().cpu(), ctm.c_proj.weight.detach().double().cpu()
-    return float(((weight @ sigma) * weight).sum()
+    """E |W_m phi|^2 / E |W_c kappa|^2 on ordinary text: how loud the memory is next to the thought
+    it is added to."""
+    read, sigma = ctm.feature_moments()[0].double().cpu(), ctm.key_moment.double().cpu()
+    own = ctm.c_proj.weight.detach().double().cpu()
+    return float(((weight @ read) * weight).sum()
                  / (ctm.config.sync * ((own @ sigma) * own).sum()))
 
 
@@ -480,7 +489,7 @@ class OrdinaryText:
             self.ticks, self.targets = model.ticks(*model.trunk(tokens)), successors(tokens)
 
     def nats(self, weight: Tensor | None) -> float:
-        """Mean nats per token at the tick read, with W_m (D, S) beside W_c, or without a memory."""
+        """Mean nats per token at the tick read, with W_m (D, F) beside W_c, or without a memory."""
         plastic = None if weight is None else weight.float().to(self.targets.device)
         return float(self.model.measure(self.ticks, self.targets, plastic).nats.nanmean())
 
@@ -601,7 +610,7 @@ class Store:
     # -- what it knows
 
     def plastic(self) -> Tensor | None:
-        """W_m (D, S) fp32 on the model's device; None while nothing was ever told."""
+        """W_m (D, F) fp32 on the model's device; None while nothing was ever told."""
         return (self._now.plastic.weight.float().to(self.model.ctm.start_z.device)
                 if self.entries else None)
 
@@ -626,13 +635,14 @@ class Store:
 
     def told_by(self, keys: Tensor) -> Tensor:
         """What each living session adds where memory reads keys (n, S) of unit length: (sessions,
-        n, D), whose sum is W_m k."""
-        plastic, parts, keys = self._blank, [], keys.double().cpu()
+        n, D), whose sum is W_m phi(k)."""
+        plastic, parts = self._blank, []
+        read = self.model.ctm.features(keys.double()).cpu()
         for factors, anew in zip(self.factors, self._now.anew):
             after = compact_memory(self.model.ctm, plastic, factors.rows(~anew), self.rule)
-            parts.append(keys @ (after.weight - plastic.weight).T)
+            parts.append(read @ (after.weight - plastic.weight).T)
             plastic = after
-        return torch.stack(parts) if parts else keys.new_zeros(0, len(keys), len(plastic.weight))
+        return torch.stack(parts) if parts else read.new_zeros(0, len(read), len(plastic.weight))
 
     # -- what changes it
 
@@ -771,7 +781,7 @@ class Store:
         if not sessions:
             return before
         known = len(before.anew)
-        pointing = [*before.pointing, *(bearings(self._lens, f) for f in sessions[known:])]
+        pointing = [*before.pointing, *(bearings(self.model.ctm, f) for f in sessions[known:])]
         anew = superseded(pointing, self.rule.near, known)
         for i, gone in enumerate(before.anew):
             anew[i] = anew[i] | gone

@@ -16,6 +16,7 @@ Sources: Continuous Thought Machines (arXiv:2505.05522), Qwen3 (arXiv:2505.09388
 Letters: B batch, T tokens, D width = neurons, K ticks, M history, S sync channels, H heads, V
 vocabulary, N = B*T.
 """
+import functools
 import hashlib
 import json
 import math
@@ -290,6 +291,7 @@ class ThoughtConfig:
     unet_step: int = 128        # widths of the synapse network fall by this much per layer
     bottleneck: int = 16
     head_dim: int = 128
+    expand: int = 2             # F / S: features of a key that memory reads; 0: the key itself
 
 
 class UNet(nn.Module):
@@ -378,6 +380,25 @@ class Sync(nn.Module):
         return (alpha + rho * m) * torch.rsqrt(beta + rho)
 
 
+@functools.cache
+def rotations(size: int, number: int) -> Tensor:
+    """(number size, size): so many random orthogonal matrices, always the same ones."""
+    chance = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randn(number, size, size, generator=chance, device="cpu")
+    turned, upper = torch.linalg.qr(drawn)
+    # no sign is favoured (Mezzadri 2007)
+    return (turned * upper.diagonal(dim1=1, dim2=2)[:, None].sign()).flatten(0, 1)
+
+
+def arc_cosine(covariance: Tensor) -> Tensor:
+    """E relu(x) relu(x)' of a normal x with mean 0 and this covariance (n, n)."""
+    sd = covariance.diagonal().clamp(min=1e-12).sqrt()
+    alike = (covariance / torch.outer(sd, sd)).clamp(-1, 1)
+    angle = torch.acos(alike)
+    found = torch.outer(sd, sd) / (2 * math.pi) * (angle.sin() + (math.pi - angle) * alike)
+    return (found + found.T) / 2
+
+
 class TickState(NamedTuple):
     """What lives within one token's thought. History is a tuple, so that ticks share what they
     remember."""
@@ -431,6 +452,11 @@ class CTMBlock(nn.Module):
         self.register_buffer("due_moment", torch.eye(c.sync) / c.sync)
         # text by which a write is judged
         self.register_buffer("ordinary", torch.zeros(4, 64, dtype=torch.long))
+        # of what memory reads, see `whiten`: made from the two moments, so no file holds them
+        self.register_buffer("white", torch.zeros(c.sync, c.sync), persistent=False)
+        self.register_buffer("spread", torch.zeros(c.expand * c.sync, c.sync), persistent=False)
+        self.register_load_state_dict_post_hook(lambda block, _: block.whiten())
+        self.whiten()
 
     def fresh_sync(self) -> Tensor:
         """m of a fresh session: the start state's own pair products, (2, S): read-out, query."""
@@ -489,6 +515,52 @@ class CTMBlock(nn.Module):
         power (LOG.md).
         """
         return rms((y_out - self.baseline[k]) * torch.rsqrt(self.variance[k] + 1e-4), self.eps)
+
+    def features(self, k: Tensor) -> Tensor:
+        """phi, what memory is written and read at: k = kappa / sqrt(S) (..., S) -> (..., F), of
+        the precision of k.
+
+        Random ReLU features of the whitened key, whose products are the arc-cosine kernel of order
+        1 (Cho & Saul 2009): two keys that are half alike have less than half in common here, so
+        that a stranger reads less of somebody's fact, and there are F directions to tell facts
+        apart in, not S. DESIGN §3 writes along k itself; LOG.md has what each is worth.
+        """
+        if not self.config.expand:
+            return k
+        with torch.autocast(k.device.type, enabled=False):  # whitening asks for fp32
+            return F.relu(k @ self.spread.to(k.dtype).T)
+
+    @torch.no_grad()
+    def whiten(self, moments: tuple[Tensor, Tensor] | None = None) -> None:
+        """Turn `white` (S, S) and `spread` (F, S) to these second moments of keys, by default the
+        block's own as they are now; called when these change.
+
+        white is L^-1, where L L' = 100 Sigma + 30 Sigma_due + 0.001 I: what all keys have in common
+        would else be most of every feature. spread turns L^-1 k at random, F / S times, to such a
+        length that |phi|^2 is 1 for a middling key.
+        """
+        self.whitened = tuple(m.clone() for m in moments or (self.key_moment, self.due_moment))
+        self._feature_moments: tuple[Tensor, Tensor] | None = None
+        text, due = (m.double() for m in self.whitened)
+        same = torch.eye(self.config.sync).to(text)
+        white = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(100 * text + 30 * due + 0.001 * same), same, upper=False)
+        self.white.copy_(white)
+        if self.config.expand:
+            power = ((white @ (text + due) / 2) * white).sum()
+            turns = rotations(self.config.sync, self.config.expand).to(same)
+            self.spread.copy_(turns @ white * torch.sqrt(2 / (self.config.expand * power)))
+
+    @torch.no_grad()
+    def feature_moments(self) -> tuple[Tensor, Tensor]:
+        """Second moments (F, F) of `features` on ordinary text, and where a value is due. Computed
+        from those of the keys as if these were normal: E relu(x) relu(y) is known then (the same
+        kernel), and nothing of F x F need be measured or stored."""
+        if self._feature_moments is None:
+            self._feature_moments = (tuple(arc_cosine(self.spread @ m @ self.spread.T)
+                                           for m in self.whitened)
+                                     if self.config.expand else self.whitened)
+        return self._feature_moments
 
     @torch.no_grad()
     def settle(self, mean: Tensor, square: Tensor, rate: float) -> None:
@@ -698,8 +770,8 @@ class NanoCTM(nn.Module):
 
     def measure(self, t: Ticks, targets: Tensor, plastic: Tensor | None = None,
                 halt: float | None = None) -> Thought:
-        """Ask every tick how certain it is, and read. targets (B, T), -1 unknown; plastic (D, S),
-        or (B, D, S) with one for each row: W_m beside c_proj.
+        """Ask every tick how certain it is, and read. targets (B, T), -1 unknown; plastic (D, F),
+        or (B, D, F) with one for each row: W_m beside c_proj.
 
         Where thinking halts is decided without the memory, so that no sum and no key depends on
         what is stored.
@@ -707,8 +779,8 @@ class NanoCTM(nn.Module):
         alone = self._read(t, t.h[:, :, None] + t.out, targets, halt, None)
         if plastic is None or self.ctm is None:
             return alone
-        aid = ((t.keys.flatten(1, 2) @ plastic.mT).unflatten(1, t.keys.shape[1:3])
-               / math.sqrt(self.ctm.config.sync))
+        read = self.ctm.features(t.keys.flatten(1, 2) / math.sqrt(self.ctm.config.sync))
+        aid = (read @ plastic.mT).unflatten(1, t.keys.shape[1:3])
         aided = self._read(t, t.h[:, :, None] + (t.out + aid.to(t.out.dtype)), targets, None,
                            alone.certainty < 0)
         aided.alone = alone
@@ -735,7 +807,7 @@ class NanoCTM(nn.Module):
         """Read (B, T) tokens (padding < 0), after those in `cache`, and think about each. See
         Thought and DESIGN §2.
 
-        plastic (D, S) or (B, D, S): a memory W_m written beside c_proj. halt in (0, 1): stop at the
+        plastic (D, F) or (B, D, F): a memory W_m written beside c_proj. halt in (0, 1): stop at the
         first tick at least that certain. m (B, 2, S): session sync to start from. where (B, n):
         only these positions think, and T below is n. Everything is per row; tokens are int64.
         """

@@ -70,6 +70,7 @@ max_position_embeddings = 512
 ticks = 8                   # K
 history = 8                 # M
 sync = 256                  # S
+expand = 2                  # F / S: features of a key that memory reads; 0: the key itself
 nlm_hidden = 4
 unet_step = 128
 block_head_dim = 64
@@ -179,7 +180,8 @@ def build_model() -> NanoCTM:
 
 
 def thought_config() -> ThoughtConfig:
-    return ThoughtConfig(ticks, history, sync, nlm_hidden, unet_step, head_dim=block_head_dim)
+    return ThoughtConfig(ticks, history, sync, nlm_hidden, unet_step, head_dim=block_head_dim,
+                         expand=expand)
 
 
 def build_optimizer(parameters: list[torch.Tensor]) -> torch.optim.AdamW:
@@ -352,7 +354,7 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
                  (0, len(keys) - len(own[0])))                      # of each factor; crowd's: first
     several = bool(mind_of_row.any())
     with torch.autocast(keys.device.type, enabled=False):           # solving is no affair of bf16
-        reader = written(model.ctm, keys.float(), salient.float(), mind)
+        reader = written(model.ctm, model.ctm.features(keys.float()), salient.float(), mind)
         heard = (mind_of_row[:, None] == mind).float()              # (B, factors)
         each = [values[mind == i].T @ reader[:, mind == i].T
                 for i in range(int(mind_of_row.max()) + 1)]
@@ -375,12 +377,13 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
     contrast = F.cross_entropy(contrast_scale * agreement, fact)
     spot = (known.flatten().cumsum(0) - 1).view_as(known)[rows, at] # of each fact among the factors
     with torch.autocast(keys.device.type, enabled=False):           # (questions+strangers, factors)
-        found = (torch.cat([asked_keys, strange_keys]).float() @ reader
+        found = (model.ctm.features(torch.cat([asked_keys, strange_keys]).float()) @ reader
                  * heard[torch.cat([row, nobody])])
     text_hidden, text_key = text
     few = torch.randperm(len(text_key))[:128].to(text_key.device)
     local = locality_loss(model, text_hidden[few],
-                          text_key[few] / root @ (plastic[0] if several else plastic).T)
+                          model.ctm.features(text_key[few] / root)
+                          @ (plastic[0] if several else plastic).T)
     if len(nobody):
         local = local + locality_loss(model, at_tick(alone.hidden, alone.read_tick)[silent],
                                       found[len(fact):] @ values.float())
@@ -480,8 +483,8 @@ def shared_memories(rows: int) -> torch.Tensor:
 
 def written(ctm: CTMBlock, keys: torch.Tensor, salient: torch.Tensor,
             mind: torch.Tensor | None = None) -> torch.Tensor:
-    """Keys (n, S) -> the reader (S, n), with gradients:
-    a key k reads k' reader of each factor, and W_m = values' reader'.
+    """Where the factors are, phi (n, F) -> the reader (F, n), with gradients:
+    phi reads phi' reader of each factor, and W_m = values' reader'.
 
     "sum" is linear attention over the factors. "solved" is what the living rule arrives at when it
     may look at all factors at once: W K' = V by ridge regression, with the same protection.
@@ -490,9 +493,7 @@ def written(ctm: CTMBlock, keys: torch.Tensor, salient: torch.Tensor,
     if write_rule == "sum":
         return keys.T
     keys, salient = keys.double(), salient.double()                 # small ridge: fp32 won't do
-    prior = (write_ridge * torch.eye(keys.shape[1]).to(keys)
-             + write_n0 * ctm.key_moment.double() + write_n_due * ctm.due_moment.double())
-    toward = torch.linalg.solve(prior, keys.T)                      # (S, n)
+    toward = torch.cholesky_solve(keys.T, prior(ctm))               # (F, n)
     alike = keys @ toward
     if mind is not None:
         alike = alike * (mind[:, None] == mind)
@@ -501,11 +502,25 @@ def written(ctm: CTMBlock, keys: torch.Tensor, salient: torch.Tensor,
     return torch.linalg.solve(itself + salient[:, None] * alike, toward, left=False).float()
 
 
+@torch.no_grad()
+def prior(ctm: CTMBlock) -> torch.Tensor:
+    """Cholesky factor (F, F) of what a write protects, the same until keys are whitened anew."""
+    text, due = ctm.feature_moments()
+    if prior.of is not text:
+        prior.of, prior.root = text, torch.linalg.cholesky(
+            write_n0 * text.double() + write_n_due * due.double()
+            + write_ridge * torch.eye(len(text)).to(due.double()))
+    return prior.root
+
+
+prior.of = prior.root = None
+
+
 def remembered(model: NanoCTM, lived: Lived, following: torch.Tensor,
                known: torch.Tensor) -> torch.Tensor:
-    """What was lived (B, n), as one memory W_m (D, S), with gradients."""
+    """What was lived (B, n), as one memory W_m (D, F), with gradients."""
     keys, values, salient = telling(model, lived, following, known)
-    return values.T @ written(model.ctm, keys, salient).T
+    return values.T @ written(model.ctm, model.ctm.features(keys), salient).T
 
 
 def locality_loss(model: NanoCTM, hidden: torch.Tensor, aid: torch.Tensor) -> torch.Tensor:
@@ -565,6 +580,7 @@ def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str) -> None:
             add(1, model(tokens, where=where).key[wanted.gather(1, where)])
     for moment, found, n in zip(moments, sums, counts):
         moment.copy_((found + found.T) / (2 * n * len(found)))      # symmetric, as a file keeps it
+    model.ctm.whiten()
 
 
 @torch.no_grad()
@@ -653,6 +669,8 @@ def save(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, state: 
                    step=str(state["step"]))
     moments = {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items()
                for k, v in s.items()}
+    if model.ctm:                                                   # when, differs between runs
+        moments |= {f"whitened.{i}": m for i, m in enumerate(model.ctm.whitened)}
     save_file(moments, fresh / "optimizer.safetensors")
     (fresh / "state.json").write_text(json.dumps(state, indent=1))
     old = folder.with_suffix(".old")
@@ -694,6 +712,8 @@ def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, conf
              else load_graft(base, folder / "graft.safetensors"))
     model.load_state_dict(saved.state_dict())
     (moments, _), own = read_tensors(folder / "optimizer.safetensors"), optimizer.state_dict()
+    if model.ctm:
+        model.ctm.whiten(tuple(moments.pop(f"whitened.{i}") for i in (0, 1)))
     for name, value in moments.items():
         i, _, key = name.partition(".")
         own["state"].setdefault(int(i), {})[key] = value
@@ -834,6 +854,8 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         torch.manual_seed(seed + 1000 * step + 10**9 * rank)        # chance by step: exact resume
+        if phase == 3 and (step < 10 or step % 20 == 0):
+            model.ctm.whiten()
         total = 0.0
         for micro in range(accumulation):
             batch = mixture.batch(B, step, micro, rank)

@@ -3,6 +3,7 @@ One thread: on two busy cores, two OpenMP threads cost several times as much."""
 import pytest
 import torch
 
+from memory import Plastic
 from model import BackboneConfig, NanoCTM, ThoughtConfig
 
 torch.set_num_threads(1)
@@ -33,6 +34,7 @@ def randomised(shape: str, block: str = "ctm", seed: int = 0) -> NanoCTM:
         model.ctm.engram.data += 0.1 * torch.randn_like(model.ctm.engram)
         keys = torch.nn.functional.normalize(torch.randn(200, model.ctm.config.sync), dim=1)
         model.ctm.key_moment.copy_(keys.T @ keys / 200)
+        model.ctm.whiten()
         model.ctm.ordinary.random_(model.backbone.config.vocab_size)
         model.ctm.c_proj.weight.data.normal_(0, model.ctm.config.sync ** -0.5)
     return model.eval().requires_grad_(False)
@@ -46,6 +48,10 @@ def model(request) -> NanoCTM:
 def some_tokens(model: NanoCTM, rows: int, length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, model.backbone.config.vocab_size, (rows, length),
                          generator=torch.Generator().manual_seed(seed))
+
+
+def some_memory(model: NanoCTM) -> torch.Tensor:
+    return torch.randn_like(Plastic.blank(model.ctm).weight.float())
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> None:

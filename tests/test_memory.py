@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import randomised, same, some_tokens
-from memory import (Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, _sealed, bearings,
-                    compact_memory, compact_sessions, engrams, lens, norm_ratio,
+from conftest import randomised, same, some_memory, some_tokens
+from memory import (Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, _sealed,
+                    addresses, bearings, compact_memory, compact_sessions, engrams, norm_ratio,
                     output_change, read_session, superseded)
 from model import Cache, generate
 
@@ -48,7 +48,7 @@ def lived(session: SessionMemory) -> tuple:
 def test_a_session_read_in_any_pieces_is_the_same_session(model, chunk, cuts):
     tokens = some_tokens(model, 2, 24)
     model.ctm.log_half_life.copy_(torch.rand_like(model.ctm.log_half_life) * 2 + 1)
-    plastic = torch.randn(model.ctm.c_proj.weight.shape)
+    plastic = some_memory(model)
 
     def read(pieces) -> tuple:
         session, cache = SessionMemory(model, 2, chunk, threshold=0.2), Cache()
@@ -118,7 +118,7 @@ def test_what_the_model_said_itself_is_carried_and_never_eligible(model):
 def test_factors_do_not_depend_on_what_is_stored(model):
     tokens = some_tokens(model, 1, 20)
     runs = []
-    for plastic in (None, 10 * torch.randn(model.ctm.c_proj.weight.shape)):
+    for plastic in (None, 10 * some_memory(model)):
         session = SessionMemory(model, 1, 8, threshold=0.0)
         thought = session.read(tokens, Cache(), plastic)
         runs.append((thought, lived(session)))
@@ -161,39 +161,38 @@ def test_the_budget_keeps_the_strongest(model):
 def test_the_write_is_the_projected_delta_rule(model):
     """Against the equations solved afresh for every token;
     and read as linear attention over the solved factors."""
-    ctm, rule, D, S = (model.ctm, WriteRule(n0=7.0, n_due=3.0, ridge=0.1, fade=0.5),
-                       *model.ctm.c_proj.weight.shape)
+    ctm, rule, (D, S) = (model.ctm, WriteRule(n0=7.0, n_due=3.0, ridge=0.1, fade=0.5),
+                         model.ctm.c_proj.weight.shape)
     sessions = [some_factors(model, 6, seed) for seed in range(40)] # lets rounding grow, if it can
     plastic = Plastic.blank(ctm)
     for factors in sessions:
         plastic = compact_memory(ctm, plastic, factors, rule)
-    W, solved, past = (torch.zeros(D, S, dtype=torch.float64), [],
-                       torch.zeros(S, S, dtype=torch.float64))
+    text, due = (m.double() for m in ctm.feature_moments())
+    W, solved, past = torch.zeros(D, len(text), dtype=torch.float64), [], torch.zeros_like(text)
     for factors in sessions:
         past = rule.fade * past
-        for k, v in zip(factors.unit_keys(), factors.values.double()):
-            common = rule.n0 * ctm.key_moment.double() + rule.n_due * ctm.due_moment.double()
+        for k, v in zip(addresses(ctm, factors), rule.strength * factors.values.double()):
+            common = rule.n0 * text + rule.n_due * due
             along = torch.linalg.solve(
-                common + rule.ridge * torch.eye(S, dtype=torch.float64) + past, k)
+                common + rule.ridge * torch.eye(len(text), dtype=torch.float64) + past, k)
             solved.append((along / (k @ along), v - W @ k))
             W += torch.outer(solved[-1][1], solved[-1][0])
             past += torch.outer(k, k)
     assert (W - plastic.weight).abs().max() < 1e-8
-    key = model(some_tokens(model, 1, 9)).keys
-    attended = sum((key.double() @ k)[..., None] * v for k, v in solved)
-    assert (attended - key.double() @ plastic.weight.T).abs().max() < 1e-8
+    read = ctm.features(model(some_tokens(model, 1, 9)).keys.double() / S ** 0.5)
+    attended = sum((read @ k)[..., None] * v for k, v in solved)
+    assert (attended - read @ plastic.weight.T).abs().max() < 1e-8
 
 
 def test_a_written_key_answers_a_repeated_one_adds_nothing_and_a_changed_one_replaces(model):
-    facts = some_factors(model, 5)
-    once = compact_memory(model.ctm, Plastic.blank(model.ctm), facts,
-                          WriteRule(n0=0.0, n_due=0.0, ridge=1e-6))
-    assert (facts.keys.double() @ once.weight.T - facts.values).abs().max() < 1e-3
-    twice = compact_memory(model.ctm, once, facts, WriteRule(n0=0.0, n_due=0.0, ridge=1e-6))
+    facts, rule = some_factors(model, 5), WriteRule(strength=1.0, n0=0.0, n_due=0.0, ridge=1e-6)
+    read = addresses(model.ctm, facts)
+    once = compact_memory(model.ctm, Plastic.blank(model.ctm), facts, rule)
+    assert (read @ once.weight.T - facts.values).abs().max() < 1e-3
+    twice = compact_memory(model.ctm, once, facts, rule)
     assert (twice.weight - once.weight).abs().max() < 1e-3
-    changed = compact_memory(model.ctm, once, facts._replace(values=-facts.values),
-                             WriteRule(n0=0.0, n_due=0.0, ridge=1e-6))
-    assert (facts.keys.double() @ changed.weight.T + facts.values).abs().max() < 1e-2
+    changed = compact_memory(model.ctm, once, facts._replace(values=-facts.values), rule)
+    assert (read @ changed.weight.T + facts.values).abs().max() < 1e-2
 
 
 def again(model, old: Factors, seed: int, of: int = 1) -> Factors:
@@ -209,8 +208,7 @@ def test_what_a_later_session_tells_anew_is_left_out_and_nothing_else(model):
     first, other = some_factors(model, 6, 1), some_factors(model, 6, 2)
     twice = first._replace(keys=torch.cat([first.keys[:1], first.keys[:5]]))    # in one session
     later = again(model, first, 3, of=2)
-    root = lens(ctm, rule)
-    pointing = [bearings(root, f) for f in (twice, other, later)]
+    pointing = [bearings(ctm, f) for f in (twice, other, later)]
     gone = superseded(pointing, rule.near)
     assert [g.tolist() for g in gone] == [[True, True, True, False, False, False], [False] * 6,
                                           [False] * 6]
@@ -344,7 +342,7 @@ def test_what_the_sessions_add_is_what_the_memory_says(small, tmp_path):
         keys = torch.nn.functional.normalize(torch.randn(5, small.ctm.config.sync), dim=1)
         parts = store.told_by(keys)
         assert parts.shape == (4, 5, len(store.plastic())) and (
-            parts.sum(0) - keys.double() @ store.plastic().T.double()).abs().max() < 1e-5
+            parts.sum(0) - small.ctm.features(keys) @ store.plastic().T).abs().max() < 1e-4
 
 
 def test_read_only_never_writes_a_byte_and_needs_no_lock(small, tmp_path):

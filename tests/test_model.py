@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from conftest import SHAPES, randomised, same, some_tokens
+from conftest import SHAPES, randomised, same, some_memory, some_tokens
 from memory import SessionMemory, dopamine, read_session
-from model import (BackboneConfig, NanoCTM, Sync, ThoughtConfig, generate, load_backbone,
+from model import (BackboneConfig, CTMBlock, NanoCTM, Sync, ThoughtConfig, generate, load_backbone,
                    load_graft, mean_and_square, save_backbone, save_graft)
 
 # -----------------------------------------------------------------------------
@@ -200,15 +200,20 @@ def test_keys_of_two_random_inputs_differ_at_initialisation():
 
 def test_keys_do_not_depend_on_what_is_read_out(model):
     tokens = some_tokens(model, 2, 12)
-    W = torch.randn(model.ctm.c_proj.weight.shape)
+    W = some_memory(model)
     a, b = model(tokens), model(tokens, plastic=W)
     assert torch.equal(a.keys, b.keys) and not torch.allclose(a.hidden, b.hidden)
-    model.ctm.c_proj.weight.data += W / math.sqrt(model.ctm.config.sync)  # folding costs nothing
+    model.ctm.config = dataclasses.replace(model.ctm.config, expand=0)
+    W = some_memory(model)
+    b = model(tokens, plastic=W)
+    # without features a memory can be folded into c_proj
+    model.ctm.c_proj.weight.data += W / math.sqrt(model.ctm.config.sync)
     assert torch.allclose(model(tokens).hidden, b.hidden, atol=1e-5)
 
 
 def test_a_memory_for_each_row_is_that_rows_memory(model):
-    tokens, W = some_tokens(model, 3, 9), torch.randn(3, *model.ctm.c_proj.weight.shape)
+    tokens = some_tokens(model, 3, 9)
+    W = torch.stack([some_memory(model) for _ in range(3)])
     together = model(tokens, plastic=W).hidden
     for row in range(3):
         same(together[row], model(tokens[row:row + 1], plastic=W[row]).hidden[0])
@@ -377,3 +382,47 @@ def test_damaged_missing_and_foreign_weights_are_named_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="run `python train.py config/tiny_phase1.py` first"):
         (tmp_path / "empty").mkdir()
         load_backbone(str(tmp_path / "empty"))
+
+
+# -----------------------------------------------------------------------------
+# what memory reads
+
+def test_features_are_the_arc_cosine_kernel_of_whitened_keys():
+    """Over many of them: k, k' -> |x||x'| (sin + (pi - angle) cos) / pi, of x = L^-1 k."""
+    ctm = CTMBlock(8, ThoughtConfig(sync=16, head_dim=8, expand=2000), 1e-6)
+    ctm.key_moment.copy_(torch.diag(torch.linspace(0.01, 0.1, 16)))
+    ctm.whiten()
+    keys = torch.nn.functional.normalize(torch.randn(30, 16, dtype=torch.float64), dim=1)
+    read, white = ctm.features(keys), keys @ ctm.white.double().T
+    length = white.norm(dim=1)
+    angle = (white @ white.T / torch.outer(length, length)).clamp(-1, 1).acos()
+    kernel = torch.outer(length, length) / math.pi * (angle.sin() + (math.pi - angle) * angle.cos())
+    found = read @ read.T
+    assert (found / found.mean() - kernel / kernel.mean()).abs().max() < 0.1
+
+
+def test_moments_of_features_are_those_of_normal_keys():
+    torch.manual_seed(0)
+    ctm = CTMBlock(8, ThoughtConfig(sync=16, head_dim=8, expand=2), 1e-6)
+    root = torch.randn(16, 16) / 8
+    ctm.key_moment.copy_(root @ root.T)
+    ctm.whiten()
+    for root, moment in zip((root, torch.eye(16) / 4), ctm.feature_moments()):
+        read = ctm.features(torch.randn(200_000, 16) @ root.T)
+        measured = read.T @ read / len(read)
+        assert (measured - moment).abs().max() < 0.02 * moment.diagonal().max()
+    power = [m.trace() for m in ctm.feature_moments()]
+    assert sum(power) / 2 == pytest.approx(1, rel=1e-4)
+
+
+def test_without_features_memory_reads_the_key_itself():
+    ctm = CTMBlock(8, ThoughtConfig(sync=16, head_dim=8, expand=0), 1e-6)
+    key = torch.randn(3, 16)
+    assert ctm.features(key) is key and ctm.feature_moments()[0] is ctm.whitened[0]
+
+
+def test_a_loaded_block_reads_what_the_saved_one_did(model, tmp_path):
+    save_backbone(model, tmp_path / "base")
+    save_graft(model, tmp_path / "graft.safetensors")
+    loaded = load_graft(str(tmp_path / "base"), tmp_path / "graft.safetensors")
+    assert model.ctm.spread.any() and torch.equal(loaded.ctm.spread, model.ctm.spread)

@@ -134,8 +134,10 @@ def test_memories_solved_side_by_side_are_those_solved_apart(minds):
     torch.manual_seed(minds)
     keys, values, salient = (torch.nn.functional.normalize(torch.randn(10, 24)),
                              torch.randn(10, 6), torch.rand(10))
-    ctm, mind = CTMBlock(8, ThoughtConfig(sync=24, head_dim=8), 1e-6), torch.arange(10) % minds
+    ctm = CTMBlock(8, ThoughtConfig(sync=24, head_dim=8, expand=0), 1e-6)
+    mind = torch.arange(10) % minds
     ctm.due_moment.copy_(keys[:3].T @ keys[:3] / 3)
+    ctm.whiten()
     together = training.written(ctm, keys, salient, mind)
     for one in range(minds):
         k, v, s = (x[mind == one].double() for x in (keys, values, salient))
