@@ -1205,11 +1205,11 @@ def ablation_figures(s: Sample) -> dict:
     narrow.ctm.whiten((mind.ctm.key_moment * torch.outer(half, half),
                        mind.ctm.due_moment * torch.outer(half, half)))
     narrow.ctm.spread.mul_(half)
-    note("half of S", narrow.write(s.factors), narrow)
+    note("half of S", narrow.write(s.factors), narrow, OrdinaryText(narrow.model, s.windows[:8]))
     for expand in (0, 1, 4):
         other = expanded(Mind(), expand)
         note(f"F = {expand} S" if expand else "along the key itself, no features",
-             other.write(s.factors), other)
+             other.write(s.factors), other, OrdinaryText(other.model, s.windows[:8]))
     for k in (1, 2, 4):
         few = Mind()
         few.ctm.config = replace(few.ctm.config, ticks=k)

@@ -10,21 +10,23 @@ Carry, from token to token, renewed every C tokens (SessionMemory):
 Eligibility, what a token has to tell the weights (engrams), and the write itself (compact_memory):
 
     k   = kappa / sqrt(S) at the read tick                          where memory should answer
+    f   = phi(k), CTMBlock.features                                 in F directions instead of S
     v   = eta dopamine salience U e / |U e|                         what it should add there,
     e   = g (E[next] - sum_v p(v) E[v])                             what came - what was expected
-    W  <- W + (v - W k) (P k / k'P k)',   P = (n0 Sigma + n_due Sigma_due + ridge I + past keys)^-1
+    W  <- W + (v - W f) (P f / f'P f)',   P = (n0 Sigma + n_due Sigma_due + ridge I + past f f')^-1
 
 No backpropagation and no optimizer: a delta rule with unit gain at its own key and the least
-disturbance of ordinary text (Sigma), of what all questions share (Sigma_due) and of what was
-written before. What a later session tells anew, at nearly the same key, is left out
+disturbance of ordinary text (Sigma, second moment of its f), of what all questions share
+(Sigma_due) and of what was written before. What a later session tells anew, at nearly the same key, is left out
 (superseded). Factors (k, v) depend on the base model and the text alone, never on the store, so W
 is a function of the living sessions: forgetting one is deleting it and computing W again.
 
 Left out on purpose: anything a session generated itself is carried but never written; the base
-model's files never change; text is not stored. Source: DESIGN.md section 3; Sherman & Morrison 1950
+model's files never change; text is not stored; folding W into c_proj, since the two read different
+things (with expand=0 they do not). Source: DESIGN.md section 3; Sherman & Morrison 1950
 for P, Widrow & Hoff 1960 for the rule.
 
-Letters: B batch, T tokens, S sync channels, D width, C carry chunk, n tokens of one call or factors
+Letters: B batch, T tokens, S sync channels, F features, D width, C carry chunk, n tokens of one call or factors
 of one session.
 """
 import fcntl
@@ -184,7 +186,8 @@ class SessionMemory:
     def read(self, tokens: Tensor, cache: Cache, plastic: Tensor | None = None,
              halt: float | None = None, own: int = 0) -> Thought:
         """Read tokens (B, T), padding < 0, chunk by chunk, after those in `cache`; -> the thought
-        about the last piece.
+        about the last piece, or, with a memory `plastic`, about the last token alone: nowhere else
+        does reading it change anything.
 
         A session may be longer than the context: see _within_context. The first `own` tokens were
         said by the model: what precedes them is carried and never written. The last token is not
@@ -201,13 +204,15 @@ class SessionMemory:
         while at < T:
             n, cache = self.room(tokens[:, at:]), self._within_context(cache)
             piece = slice(at, at + n)
-            thought = self.model(tokens[:, piece], cache, plastic, halt, self.m)
+            ticks = self.model.ticks(*self.model.trunk(tokens[:, piece], cache), halt, self.m)
+            thought = self.model.measure(ticks, successors(tokens[:, piece]), halt=halt)
             lived, cache, at = Lived.of(thought), thought.cache, at + n
             if at >= T:
                 self.waiting = lived.columns(-1, None)
                 lived, piece = lived.columns(0, -1), slice(piece.start, T - 1)
             self._take_in(lived, following[:, piece], outside[:, piece])
-        return thought
+        return (thought if plastic is None else
+                self.model.measure(ticks.last(), following[:, -1:], plastic, halt))
 
     def _within_context(self, cache: Cache) -> Cache:
         """At a chunk's beginning, drop keys and values that leave no room for another chunk; the

@@ -11,10 +11,10 @@ kernels. Nothing in the recurrence reads what the block puts out, so keys do not
 or on a memory written beside it.
 
 Sources: Continuous Thought Machines (arXiv:2505.05522), Qwen3 (arXiv:2505.09388), rotary embeddings
-(arXiv:2104.09864).
+(arXiv:2104.09864), arc-cosine kernels (Cho & Saul, NIPS 2009).
 
-Letters: B batch, T tokens, D width = neurons, K ticks, M history, S sync channels, H heads, V
-vocabulary, N = B*T.
+Letters: B batch, T tokens, D width = neurons, K ticks, M history, S sync channels, F features that a
+memory reads, H heads, V vocabulary, N = B*T.
 """
 import functools
 import hashlib
@@ -649,6 +649,12 @@ class Ticks(NamedTuple):
     cache: Cache
     real: Tensor                        # (B, T) bool, False for padding
 
+    def last(self) -> "Ticks":
+        """Those of the last position, where an answer begins."""
+        h, out, keys, _, alpha, beta, _, real = self
+        return Ticks(h[:, -1:], out[:, -1:], keys[:, -1:], None, alpha[:, -1:], beta[:, -1:],
+                     self.cache, real[:, -1:])
+
 
 @torch.no_grad()
 def mean_and_square(ticks: Ticks) -> Tensor:
@@ -870,7 +876,7 @@ def flops_per_token(b: BackboneConfig, c: ThoughtConfig, T: int) -> dict[str, in
     """FLOPs of one token's forward pass in a window of T: matrix products only, 2 per multiply-add,
     attention over all T positions (a causal kernel does half). `block_*` are the parts of `block`.
     Certainty is read off the LM head at every tick: the block's cost, but for the one reading,
-    `head`, that every model needs."""
+    `head`, that every model needs. `memory`: what reading one adds, at every tick."""
     D, K, S, h = b.hidden_size, c.ticks, c.sync, c.nlm_hidden
     q, kv = b.num_attention_heads * b.head_dim, b.num_key_value_heads * b.head_dim
     with torch.device("meta"):
@@ -883,7 +889,8 @@ def flops_per_token(b: BackboneConfig, c: ThoughtConfig, T: int) -> dict[str, in
              * D * b.intermediate_size)
     return {"trunk": trunk, "ffn": 6 * D * b.intermediate_size, "block": sum(parts.values()),
             **parts,
-            "head": 2 * D * b.vocab_size}
+            "head": 2 * D * b.vocab_size,
+            "memory": K * 2 * (c.expand * S * (S + D) if c.expand else S * D)}
 
 
 # -----------------------------------------------------------------------------
