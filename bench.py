@@ -364,9 +364,9 @@ class Mind:
         self.ctm, self.settings = self.model.ctm, settings          # of SessionMemory
 
     @functools.cached_property
-    def lens(self) -> Tensor:
-        """Of an empty memory, factored once for all."""
-        return lens(self.ctm, WriteRule())
+    def blank(self) -> Plastic:
+        """An empty memory, its P inverted once for all."""
+        return Plastic.blank(self.ctm, lens(self.ctm, WriteRule()))
 
     def told(self, sessions: list[str]) -> list[tuple[Factors, Snapshot, int]]:
         """Read each text as one session, side by side:
@@ -384,7 +384,8 @@ class Mind:
         return [f for f, _, _ in self.told(sessions)]
 
     def write(self, factors: list[Factors]) -> Plastic:
-        return compact_sessions(self.ctm, factors, root=self.lens)
+        """The memory that sessions make, to be read: P of hundreds of them fills the machine."""
+        return Plastic(compact_sessions(self.ctm, factors, blank=self.blank).weight)
 
     def ask(self, questions: list[str], plastic: Plastic | None | list[Plastic] = None,
             before: list[str] | None = None) -> list[str]:
@@ -744,7 +745,8 @@ def fine_tune_figures(s: Sample) -> dict:
                 ("fine_tune", (0.01, 0.03, 0.1, 0.3), (1,)),
                 ("fine_tune_to_95", (0.003, 0.01, 0.03), (1, 2, 4, 8, 16, 32, 64, 100))):
             share, tuned = max((trained(lr, stops) for lr in rates), key=lambda run: run[0])
-            found |= {f"{name}_{n}": share, f"{name}_{n}_text_nats": text.nats(tuned[0].weight.detach()),
+            found |= {f"{name}_{n}": share,
+                      f"{name}_{n}_text_nats": text.nats(tuned[0].weight.detach()),
                       f"{name}_{n}_passes": float(tuned[0].passes),
                       f"{name}_{n}_flops": float(tuned[0].flops())}
     return found

@@ -17,17 +17,18 @@ Eligibility, what a token has to tell the weights (engrams), and the write itsel
 
 No backpropagation and no optimizer: a delta rule with unit gain at its own key and the least
 disturbance of ordinary text (Sigma, second moment of its f), of what all questions share
-(Sigma_due) and of what was written before. What a later session tells anew, at nearly the same key, is left out
-(superseded). Factors (k, v) depend on the base model and the text alone, never on the store, so W
-is a function of the living sessions: forgetting one is deleting it and computing W again.
+(Sigma_due) and of what was written before. What a later session tells anew, at nearly the same
+key, is left out (superseded). Factors (k, v) depend on the base model and the text alone, never on
+the store, so W is a function of the living sessions: forgetting one is deleting it and computing W
+again.
 
 Left out on purpose: anything a session generated itself is carried but never written; the base
 model's files never change; text is not stored; folding W into c_proj, since the two read different
-things (with expand=0 they do not). Source: DESIGN.md section 3; Sherman & Morrison 1950
-for P, Widrow & Hoff 1960 for the rule.
+things (with expand=0 they do not). Source: DESIGN.md section 3; Sherman & Morrison 1950 for P,
+Widrow & Hoff 1960 for the rule.
 
-Letters: B batch, T tokens, S sync channels, F features, D width, C carry chunk, n tokens of one call or factors
-of one session.
+Letters: B batch, T tokens, S sync channels, F features, D width, C carry chunk, n tokens of one
+call or factors of one session.
 """
 import fcntl
 import functools
@@ -447,11 +448,10 @@ def superseded(pointing: list[Tensor], near: float, since: int = 0) -> list[Tens
 
 
 def compact_sessions(ctm: CTMBlock, sessions: list[Factors], rule: WriteRule = WriteRule(),
-                     root: Tensor | None = None) -> Plastic:
+                     blank: Plastic | None = None) -> Plastic:
     """The memory that sessions make, one after the other, without what is told anew later.
-    root: the `lens` of an empty memory, where it is at hand already."""
-    root = lens(ctm, rule) if root is None else root
-    plastic = Plastic.blank(ctm, root)
+    blank: the empty one of this rule, where it is at hand already."""
+    plastic = blank or Plastic.blank(ctm, lens(ctm, rule))
     gone = superseded([bearings(ctm, f) for f in sessions], rule.near)
     for factors, again in zip(sessions, gone):
         plastic = compact_memory(ctm, plastic, factors.rows(~again), rule)

@@ -13,8 +13,8 @@ or on a memory written beside it.
 Sources: Continuous Thought Machines (arXiv:2505.05522), Qwen3 (arXiv:2505.09388), rotary embeddings
 (arXiv:2104.09864), arc-cosine kernels (Cho & Saul, NIPS 2009).
 
-Letters: B batch, T tokens, D width = neurons, K ticks, M history, S sync channels, F features that a
-memory reads, H heads, V vocabulary, N = B*T.
+Letters: B batch, T tokens, D width = neurons, K ticks, M history, S sync channels, F features that
+a memory reads, H heads, V vocabulary, N = B*T.
 """
 import functools
 import hashlib
