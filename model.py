@@ -557,9 +557,9 @@ class CTMBlock(nn.Module):
         from those of the keys as if these were normal: E relu(x) relu(y) is known then (the same
         kernel), and nothing of F x F need be measured or stored."""
         if self._feature_moments is None:
+            moments = tuple(m.to(self.spread) for m in self.whitened)   # no buffers: stayed behind
             self._feature_moments = (tuple(arc_cosine(self.spread @ m @ self.spread.T)
-                                           for m in self.whitened)
-                                     if self.config.expand else self.whitened)
+                                           for m in moments) if self.config.expand else moments)
         return self._feature_moments
 
     @torch.no_grad()

@@ -713,7 +713,11 @@ def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, conf
     model.load_state_dict(saved.state_dict())
     (moments, _), own = read_tensors(folder / "optimizer.safetensors"), optimizer.state_dict()
     if model.ctm:
-        model.ctm.whiten(tuple(moments.pop(f"whitened.{i}") for i in (0, 1)))
+        whitened = tuple(moments.pop(f"whitened.{i}", None) for i in (0, 1))
+        if any(m is None for m in whitened):
+            raise ValueError(f"--resume expected the moments of whitened keys in {folder}, found "
+                             "none: an earlier version wrote it; start without --resume")
+        model.ctm.whiten(whitened)
     for name, value in moments.items():
         i, _, key = name.partition(".")
         own["state"].setdefault(int(i), {})[key] = value
