@@ -47,8 +47,8 @@ from tqdm import tqdm
 import configurator
 import data
 from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule,
-                    about, bearings, compact_memory, compact_sessions, dopamine, engrams, lens,
-                    norm_ratio, output_change, read_session, salience, salience_logit,
+                    about, bearings, compact_memory, compact_sessions, dopamine, engrams, norm_ratio,
+                    output_change, read_session, salience, salience_logit,
                     superseded)
 from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block_module,
                    flops_per_token, load_backbone, load_graft, mean_and_square,
@@ -366,7 +366,7 @@ class Mind:
     @functools.cached_property
     def blank(self) -> Plastic:
         """An empty memory, its P inverted once for all."""
-        return Plastic.blank(self.ctm, lens(self.ctm, WriteRule()))
+        return Plastic.blank(self.ctm)
 
     def told(self, sessions: list[str]) -> list[tuple[Factors, Snapshot, int]]:
         """Read each text as one session, side by side:
@@ -811,8 +811,7 @@ def write_cost(mind: Mind, texts: list[str]) -> float:
     def read(threshold: float | None) -> None:
         pointing: list[Tensor] = []
         if threshold is not None:
-            root = lens(mind.ctm, WriteRule())
-            plastic = Plastic.blank(mind.ctm, root)
+            plastic = Plastic.blank(mind.ctm)
         for tokens in ids:
             session = SessionMemory(mind.model, 1,
                                     threshold=1.1 if threshold is None else threshold)

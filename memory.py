@@ -328,7 +328,7 @@ def read_session(model: NanoCTM, tokens: Tensor, chunk: int = 32,
 @dataclass(frozen=True)
 class WriteRule:
     """How sessions are written; the defaults are what `python bench.py memory` measures."""
-    strength: float = 1.2       # times eta, by which v was formed: a question reads less than all
+    strength: float = 1.05      # times eta, by which v was formed: a question reads less than all
     n0: float = 100.0           # protection of ordinary text: as many keys as this weigh on P
     n_due: float = 30.0     # the same of keys at which somebody's value is due: nobody's own
     ridge: float = 0.001        # lambda
@@ -338,20 +338,55 @@ class WriteRule:
     delta: bool = True          # subtract what the memory already says there
     project: bool = True        # write through P, not along the bare key
     near: float = 0.7  # a key as near as this to a later session's (cosine, whitened) is superseded
+    # in which P keeps what was written: half the time of fp64, which a ridge under 1e-5 asks for
+    rows: torch.dtype = torch.float32
+
+
+class Room(NamedTuple):
+    """P (F, F), what of the feature space is still free to write in, as diag(free) minus t' t of
+    every row t that something has taken: F x F numbers are never held."""
+    free: Tensor                # (F,) fp64
+    text: Tensor                # (R, F) fp64, taken by what ordinary text and all questions share
+    past: tuple[Tensor, ...] = ()       # (n, F) each, by what was written before
+
+    def along(self, keys: Tensor) -> Tensor:
+        """keys (m, F) -> keys P (m, F), fp64 but for the products with rows that are not."""
+        found = keys * self.free
+        for rows in (self.text, *self.past):
+            found = found - (keys.to(rows) @ rows.T) @ rows
+        return found
+
+    def without(self, rows: Tensor) -> "Room":
+        """What is left when these rows (n, F) are taken, too. Of more than 2 F, their triangle is
+        kept: it takes the same."""
+        past = (*self.past, rows)
+        if sum(map(len, past)) > 2 * rows.shape[1]:
+            past = (torch.linalg.qr(torch.cat(past), mode="r").R,)
+        return self._replace(past=past)
+
+
+def lens(ctm: CTMBlock, rule: WriteRule) -> Room:
+    """The room of an empty memory: (D + B' B)^-1 = D^-1 - D^-1 B' (I + B D^-1 B')^-1 B D^-1
+    (Woodbury 1950), where CTMBlock.shared says B and D - ridge I."""
+    rows, rest = (x.cpu() for x in ctm.shared(rule.n0, rule.n_due))
+    free = 1 / (rest + rule.ridge)
+    inner = torch.eye(len(rows)).to(rows) + (rows * free) @ rows.T
+    return Room(free, torch.linalg.solve_triangular(torch.linalg.cholesky(inner), rows * free,
+                                                    upper=False))
 
 
 @dataclass(frozen=True)
 class Plastic:
-    """A written memory: W_m, and what is still free of the key space. Both fp64, on the CPU."""
+    """A written memory: W_m, and the room that it leaves. Both fp64, on the CPU."""
     weight: Tensor              # (D, F)
-    free: Tensor | None = None  # P (F, F); None before the first write
+    free: Room | None = None    # None: to be read, not written to
 
     @classmethod
-    def blank(cls, ctm: CTMBlock, root: Tensor | None = None) -> "Plastic":
-        """Nothing written yet; with the `lens` of its rule, its P at once."""
+    def blank(cls, ctm: CTMBlock, rule: WriteRule = WriteRule()) -> "Plastic":
+        """Nothing written yet."""
         width = max(ctm.config.expand, 1) * ctm.config.sync
         return cls(torch.zeros(len(ctm.start_z), width, dtype=torch.float64),
-                   None if root is None else torch.cholesky_inverse(root))
+                   lens(ctm, rule))
 
 
 def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
@@ -359,61 +394,54 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
     """Write one session into W_m, as if token by token in the order lived; -> a new Plastic, the
     old one stays as it was.
 
-    Sherman-Morrison, one key after another, is the factorisation I + K P K' = L diag(1 + gain) L'
-    (L unit lower triangular): row i of L^-1 K P is P_i k_i, with P as it stood when token i was
-    written, and the delta rule is one triangular solve more. ValueError, and nothing written, when
-    anything is not finite.
+    Sherman-Morrison, one key after another, is the factorisation I + K P K' = C C': row i of
+    C^-1 K P is P_i k_i / C_ii, with P as it stood when token i was written, and C_ii^2 = 1 + k_i'
+    P_i k_i. What key j reads of what was written along key i before it is C_ji C_ii / (C_ii^2 - 1),
+    so the delta rule is one triangular solve more. ValueError, and nothing written, when anything
+    is not finite.
     """
     keys, weight = addresses(ctm, factors), plastic.weight
     values = rule.strength * factors.values.double().cpu()
-    if plastic.free is None and weight.any():
+    if plastic.free is None:
         raise ValueError("expected a memory with its free key space, found W_m alone: it can be "
                          "read and not written to")
-    same, free = torch.eye(len(keys), dtype=torch.float64), room_left(ctm, plastic.free, rule)
-    toward = keys @ free                                            # (n, F)
+    same, free = torch.eye(len(keys), dtype=torch.float64), faded(ctm, plastic.free, rule)
+    toward = free.along(keys)                                       # (n, F)
     root, flawed = torch.linalg.cholesky_ex(same + keys @ toward.T)
-    steps = root.diagonal()
-    toward = torch.linalg.solve_triangular(                         # P_i k_i
-        root / steps, toward, upper=False, unitriangular=True)
+    toward = torch.linalg.solve_triangular(root, toward, upper=False)
+    gain = root.diagonal() / (root.diagonal() ** 2 - 1)
     # (n, F): unit gain at its own key
-    along = toward / (steps ** 2 - 1)[:, None] if rule.project else keys
+    along = toward * gain[:, None] if rule.project else keys
     if rule.delta:  # what earlier sessions, and earlier tokens, say there already
+        told = root * gain if rule.project else keys @ keys.T
         values = torch.linalg.solve_triangular(
-            same + (keys @ along.T).tril(-1), values - keys @ weight.T,
-            upper=False, unitriangular=True)
+            same + told.tril(-1), values - keys @ weight.T, upper=False, unitriangular=True)
     weight = weight + values.T @ along
     weight = weight * homeostasis(ctm, weight, rule)
     if flawed or not torch.isfinite(weight).all():
         raise ValueError("expected a finite memory, found one that is not: the session is not "
                          "written, all others are as before")
-    toward = toward / steps[:, None]
-    return Plastic(weight, torch.addmm(free, toward.T, toward, alpha=-1))
+    return Plastic(weight, free.without(toward.to(rule.rows)))
 
 
 def addresses(ctm: CTMBlock, factors: Factors) -> Tensor:
-    """Where the write finds each factor: phi (n, F), fp64."""
-    return ctm.features(factors.unit_keys().to(ctm.start_z.device)).cpu()
+    """Where the write finds each factor: phi (n, F), fp64, as a question reads it: of fp32."""
+    return ctm.features(factors.unit_keys().float().to(ctm.start_z.device)).double().cpu()
 
 
-def lens(ctm: CTMBlock, rule: WriteRule) -> Tensor:
-    """L (F, F), fp64: what ordinary text takes of the feature space is L L', P of an empty memory
-    its inverse."""
-    text, due = (x.double().cpu() for x in ctm.feature_moments())
-    return torch.linalg.cholesky(
-        rule.n0 * text + rule.n_due * due + rule.ridge * torch.eye(len(text), dtype=torch.float64))
+def faded(ctm: CTMBlock, room: Room, rule: WriteRule) -> Room:
+    """The room at the beginning of a session: earlier keys, which P^-1 holds beside what text
+    shares (L), count `fade` times what they did.
 
-
-def room_left(ctm: CTMBlock, free: Tensor | None, rule: WriteRule) -> Tensor:
-    """P (F, F) at the beginning of a session: what ordinary text and earlier keys, faded by a
-    session, leave of the key space."""
-    if free is not None and rule.fade == 1:
-        return free
-    root = lens(ctm, rule)
-    if free is None:
-        return torch.cholesky_inverse(root)
-    prior = root @ root.T
-    # what rounding leaves asymmetric would grow with every inversion
-    return torch.linalg.inv(prior + rule.fade * (torch.linalg.inv((free + free.T) / 2) - prior))
+    P = P_0 - T' T becomes P_0 - fade T' (I - (1 - fade) T L T')^-1 T (Woodbury, twice)."""
+    if rule.fade == 1 or not room.past:
+        return room
+    rows, rest = (x.cpu() for x in ctm.shared(rule.n0, rule.n_due))
+    past = torch.cat(room.past).double()
+    taken = (past @ rows.T) @ (past @ rows.T).T + (past * (rest + rule.ridge)) @ past.T
+    left = torch.eye(len(past)).to(past) - (1 - rule.fade) * taken
+    return room._replace(past=(math.sqrt(rule.fade) * torch.linalg.solve_triangular(
+        torch.linalg.cholesky(left), past, upper=False).to(rule.rows),))
 
 
 def bearings(ctm: CTMBlock, factors: Factors) -> Tensor:
@@ -451,7 +479,7 @@ def compact_sessions(ctm: CTMBlock, sessions: list[Factors], rule: WriteRule = W
                      blank: Plastic | None = None) -> Plastic:
     """The memory that sessions make, one after the other, without what is told anew later.
     blank: the empty one of this rule, where it is at hand already."""
-    plastic = blank or Plastic.blank(ctm, lens(ctm, rule))
+    plastic = blank or Plastic.blank(ctm, rule)
     gone = superseded([bearings(ctm, f) for f in sessions], rule.near)
     for factors, again in zip(sessions, gone):
         plastic = compact_memory(ctm, plastic, factors.rows(~again), rule)
@@ -468,10 +496,10 @@ def homeostasis(ctm: CTMBlock, weight: Tensor, rule: WriteRule) -> float:
 def output_change(ctm: CTMBlock, weight: Tensor) -> float:
     """E |W_m phi|^2 / E |W_c kappa|^2 on ordinary text: how loud the memory is next to the thought
     it is added to."""
-    read, sigma = ctm.feature_moments()[0].double().cpu(), ctm.key_moment.double().cpu()
-    own = ctm.c_proj.weight.detach().double().cpu()
-    return float(((weight @ read) * weight).sum()
-                 / (ctm.config.sync * ((own @ sigma) * own).sum()))
+    rows, rest = (x.cpu() for x in ctm.shared(1.0, 0.0))
+    own, sigma = ctm.c_proj.weight.detach().double().cpu(), ctm.key_moment.double().cpu()
+    heard = (weight @ rows.T).pow(2).sum() + (weight.pow(2) * rest).sum()
+    return float(heard / (ctm.config.sync * ((own @ sigma) * own).sum()))
 
 
 def norm_ratio(ctm: CTMBlock, weight: Tensor) -> float:
@@ -518,7 +546,7 @@ def why(store: "Store", said: Spoken) -> dict:
 # the store: what outlives the process
 
 FORMAT = 3                                  # of the manifest and of exported files
-BLOCK = 64                                  # factors of several sessions written as one
+BLOCK = 256
 # what JSON raises that is not what it claims; ValueError: UTF-8 too
 DAMAGE = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
 
@@ -767,13 +795,8 @@ class Store:
     # -- the disk
 
     @functools.cached_property
-    def _lens(self) -> Tensor:
-        return lens(self.model.ctm, self.rule)
-
-    @functools.cached_property
     def _blank(self) -> Plastic:
-        """Nothing written yet, its key space inverted once for all."""
-        return Plastic.blank(self.model.ctm, self._lens)
+        return Plastic.blank(self.model.ctm, self.rule)
 
     def _written(self, sessions: list[Factors], before: "Written | None" = None) -> "Written":
         """The memory that these sessions make; those in `before` came first.
@@ -782,7 +805,7 @@ class Store:
         each: opening a thousand sessions takes seconds, and every way to the same sessions ends in
         the same bits. Goes on from the blocks of `before`, unless what they hold is told anew.
         """
-        before = before or Written(Plastic.blank(self.model.ctm))
+        before = before or Written(self._blank)
         if not sessions:
             return before
         known = len(before.anew)

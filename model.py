@@ -291,7 +291,7 @@ class ThoughtConfig:
     unet_step: int = 128        # widths of the synapse network fall by this much per layer
     bottleneck: int = 16
     head_dim: int = 128
-    expand: int = 2             # F / S: features of a key that memory reads; 0: the key itself
+    expand: int = 6             # F / S: features of a key that memory reads; 0: the key itself
 
 
 class UNet(nn.Module):
@@ -388,15 +388,6 @@ def rotations(size: int, number: int) -> Tensor:
     turned, upper = torch.linalg.qr(drawn)
     # no sign is favoured (Mezzadri 2007)
     return (turned * upper.diagonal(dim1=1, dim2=2)[:, None].sign()).flatten(0, 1)
-
-
-def arc_cosine(covariance: Tensor) -> Tensor:
-    """E relu(x) relu(x)' of a normal x with mean 0 and this covariance (n, n)."""
-    sd = covariance.diagonal().clamp(min=1e-12).sqrt()
-    alike = (covariance / torch.outer(sd, sd)).clamp(-1, 1)
-    angle = torch.acos(alike)
-    found = torch.outer(sd, sd) / (2 * math.pi) * (angle.sin() + (math.pi - angle) * alike)
-    return (found + found.T) / 2
 
 
 class TickState(NamedTuple):
@@ -520,15 +511,16 @@ class CTMBlock(nn.Module):
         """phi, what memory is written and read at: k = kappa / sqrt(S) (..., S) -> (..., F), of
         the precision of k.
 
-        Random ReLU features of the whitened key, whose products are the arc-cosine kernel of order
-        1 (Cho & Saul 2009): two keys that are half alike have less than half in common here, so
-        that a stranger reads less of somebody's fact, and there are F directions to tell facts
-        apart in, not S. DESIGN §3 writes along k itself; LOG.md has what each is worth.
+        |x| of the whitened key x, turned at random F / S times. What two phi have in common beside
+        their mean falls with the square of the cosine of their keys and faster (Cho & Saul 2009:
+        the even part of the arc-cosine kernel of order 1), so that a stranger whose key is half
+        like somebody's reads a quarter of his fact and less; and there are F directions to tell
+        facts apart in, not S. DESIGN §3 writes along k itself; LOG.md has what each is worth.
         """
         if not self.config.expand:
             return k
         with torch.autocast(k.device.type, enabled=False):  # whitening asks for fp32
-            return F.relu(k @ self.spread.to(k.dtype).T)
+            return (k @ self.spread.to(k.dtype).T).abs()
 
     @torch.no_grad()
     def whiten(self, moments: tuple[Tensor, Tensor] | None = None) -> None:
@@ -540,7 +532,6 @@ class CTMBlock(nn.Module):
         length that |phi|^2 is 1 for a middling key.
         """
         self.whitened = tuple(m.clone() for m in moments or (self.key_moment, self.due_moment))
-        self._feature_moments: tuple[Tensor, Tensor] | None = None
         text, due = (m.double() for m in self.whitened)
         same = torch.eye(self.config.sync).to(text)
         white = torch.linalg.solve_triangular(
@@ -549,18 +540,27 @@ class CTMBlock(nn.Module):
         if self.config.expand:
             power = ((white @ (text + due) / 2) * white).sum()
             turns = rotations(self.config.sync, self.config.expand).to(same)
-            self.spread.copy_(turns @ white * torch.sqrt(2 / (self.config.expand * power)))
+            self.spread.copy_(turns @ white / torch.sqrt(self.config.expand * power))
 
     @torch.no_grad()
-    def feature_moments(self) -> tuple[Tensor, Tensor]:
-        """Second moments (F, F) of `features` on ordinary text, and where a value is due. Computed
-        from those of the keys as if these were normal: E relu(x) relu(y) is known then (the same
-        kernel), and nothing of F x F need be measured or stored."""
-        if self._feature_moments is None:
-            moments = tuple(m.to(self.spread) for m in self.whitened)   # no buffers: stayed behind
-            self._feature_moments = (tuple(arc_cosine(self.spread @ m @ self.spread.T)
-                                           for m in moments) if self.config.expand else moments)
-        return self._feature_moments
+    def shared(self, text: float, due: float) -> tuple[Tensor, Tensor]:
+        """Rows B (R, F), rest d (F,), fp64: B' B + diag d is `text` times the second moment of
+        `features` on ordinary text plus `due` times that where a value is due.
+
+        Computed from the moments of the keys as if these were normal, so that nothing of F x F need
+        be measured, stored or inverted: E |x| |y| = s t (1 + rho^2 / 2 + ...) 2 / pi for standard
+        deviations s, t and correlation rho. That is s^2 on the diagonal, and off it rho^2 / 2 is
+        left out: half of 1 / S for two features turned at random. So R = 2, or S without features.
+        """
+        moments = [weight * m.to(self.spread)                           # no buffers: stayed behind
+                   for weight, m in zip((text, due), self.whitened)]
+        if not self.config.expand:
+            whole = sum(moments).double()
+            return (torch.linalg.cholesky(whole + 1e-12 * torch.eye(len(whole)).to(whole)).T,
+                    torch.zeros_like(whole[0]))
+        power = torch.stack([(self.spread @ m * self.spread).sum(1)             # weight s^2, (2, F)
+                             for m in moments]).double()
+        return (power * (2 / math.pi)).sqrt(), power.sum(0) * (1 - 2 / math.pi)
 
     @torch.no_grad()
     def settle(self, mean: Tensor, square: Tensor, rate: float) -> None:
@@ -1101,14 +1101,15 @@ def save_graft(model: NanoCTM, path: Path, **notes: str) -> None:
     save_file(tensors, path, about)
 
 
-def load_graft(base: str, path: Path) -> NanoCTM:
-    """A backbone with a saved graft (or a saved FFN) in its last layer; ValueError when they do not
-    belong together."""
+def load_graft(base: str, path: Path, **changes) -> NanoCTM:
+    """A backbone with a saved graft (or a saved FFN) in its last layer, `changes` of ThoughtConfig
+    made; ValueError when they do not belong together."""
     tensors, about = read_tensors(Path(path))
     if not {"block", "thought", "backbone"} <= about.keys():
         raise ValueError(f"{path}: expected a graft of this project, found other weights: "
                          f"run `python train.py config/tiny_phase2.py` first")
-    thought = ThoughtConfig(**json.loads(about["thought"])) if about["block"] == "ctm" else None
+    thought = (ThoughtConfig(**json.loads(about["thought"]) | changes) if about["block"] == "ctm"
+               else None)
     model = load_backbone(base, thought=thought, block=about["block"])
     if (found := backbone_hash(model)) != about["backbone"]:
         raise ValueError(f"{path}: expected the base it was trained on ({about['backbone']}), "

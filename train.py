@@ -31,8 +31,8 @@ from safetensors.torch import save_file
 
 import configurator
 import data
-from memory import (Lived, SessionMemory, compact_sessions, dopamine, prediction_error,
-                    read_session, salience, salience_logit)
+from memory import (Lived, Room, SessionMemory, WriteRule, compact_sessions, dopamine, lens,
+                    prediction_error, read_session, salience, salience_logit)
 from model import (HEAD_ENTRIES, BackboneConfig, CTMBlock, NanoCTM, Thought, ThoughtConfig, Ticks,
                    at_tick, block_module, choose_device, fingerprint, flops_per_token,
                    load_backbone, load_graft, mean_and_square, read_tensors, replies,
@@ -70,7 +70,7 @@ max_position_embeddings = 512
 ticks = 8                   # K
 history = 8                 # M
 sync = 256                  # S
-expand = 2                  # F / S: features of a key that memory reads; 0: the key itself
+expand = 6                  # F / S: features of a key that memory reads; 0: the key itself
 nlm_hidden = 4
 unet_step = 128
 block_head_dim = 64
@@ -170,7 +170,7 @@ def build_model() -> NanoCTM:
         raise ValueError("phase 3 expected graft, found none: run "
                          "`python train.py config/tiny_phase2.py` first, then set "
                          "--graft=out/tiny_phase2/last/graft.safetensors")
-    model = (load_graft(base, Path(graft)) if phase == 3
+    model = (load_graft(base, Path(graft), expand=expand) if phase == 3
              else load_backbone(base, thought=thought_config(), block=block))
     if phase == 3:
         model.ctm.log_eta.data.fill_(math.log(write_strength))
@@ -493,7 +493,7 @@ def written(ctm: CTMBlock, keys: torch.Tensor, salient: torch.Tensor,
     if write_rule == "sum":
         return keys.T
     keys, salient = keys.double(), salient.double()                 # small ridge: fp32 won't do
-    toward = torch.cholesky_solve(keys.T, prior(ctm))               # (F, n)
+    toward = prior(ctm).along(keys).T                               # (F, n)
     alike = keys @ toward
     if mind is not None:
         alike = alike * (mind[:, None] == mind)
@@ -503,17 +503,15 @@ def written(ctm: CTMBlock, keys: torch.Tensor, salient: torch.Tensor,
 
 
 @torch.no_grad()
-def prior(ctm: CTMBlock) -> torch.Tensor:
-    """Cholesky factor (F, F) of what a write protects, the same until keys are whitened anew."""
-    text, due = ctm.feature_moments()
-    if prior.of is not text:
-        prior.of, prior.root = text, torch.linalg.cholesky(
-            write_n0 * text.double() + write_n_due * due.double()
-            + write_ridge * torch.eye(len(text)).to(due.double()))
-    return prior.root
+def prior(ctm: CTMBlock) -> Room:
+    """The room of an empty memory, the same until keys are whitened anew."""
+    if prior.of is not ctm.whitened:
+        prior.of = ctm.whitened
+        prior.room = lens(ctm, WriteRule(n0=write_n0, n_due=write_n_due, ridge=write_ridge))
+    return prior.room
 
 
-prior.of = prior.root = None
+prior.of = prior.room = None
 
 
 def remembered(model: NanoCTM, lived: Lived, following: torch.Tensor,

@@ -163,33 +163,37 @@ def test_the_budget_keeps_the_strongest(model):
 def test_the_write_is_the_projected_delta_rule(model):
     """Against the equations solved afresh for every token;
     and read as linear attention over the solved factors."""
-    ctm, rule, (D, S) = (model.ctm, WriteRule(n0=7.0, n_due=3.0, ridge=0.1, fade=0.5),
-                         model.ctm.c_proj.weight.shape)
+    rule = WriteRule(n0=7.0, n_due=3.0, ridge=0.1, fade=0.5, rows=torch.float64)
+    ctm, (D, S) = model.ctm, model.ctm.c_proj.weight.shape
     sessions = [some_factors(model, 6, seed) for seed in range(40)] # lets rounding grow, if it can
-    plastic = Plastic.blank(ctm)
+    plastic = rough = Plastic.blank(ctm, rule)
     for factors in sessions:
         plastic = compact_memory(ctm, plastic, factors, rule)
-    text, due = (m.double() for m in ctm.feature_moments())
-    W, solved, past = torch.zeros(D, len(text), dtype=torch.float64), [], torch.zeros_like(text)
+        rough = compact_memory(ctm, rough, factors,
+                               dataclasses.replace(rule, rows=torch.float32))
+    shared, rest = ctm.shared(rule.n0, rule.n_due)
+    common = shared.T @ shared + rest.diag()
+    W, solved, past = torch.zeros(D, len(rest), dtype=torch.float64), [], torch.zeros_like(common)
     for factors in sessions:
         past = rule.fade * past
         for k, v in zip(addresses(ctm, factors), rule.strength * factors.values.double()):
-            common = rule.n0 * text + rule.n_due * due
             along = torch.linalg.solve(
-                common + rule.ridge * torch.eye(len(text), dtype=torch.float64) + past, k)
+                common + rule.ridge * torch.eye(len(rest), dtype=torch.float64) + past, k)
             solved.append((along / (k @ along), v - W @ k))
             W += torch.outer(solved[-1][1], solved[-1][0])
             past += torch.outer(k, k)
     assert (W - plastic.weight).abs().max() < 1e-8
+    assert (W - rough.weight).abs().max() < 1e-5 * W.abs().max()
     read = ctm.features(model(some_tokens(model, 1, 9)).keys.double() / S ** 0.5)
     attended = sum((read @ k)[..., None] * v for k, v in solved)
     assert (attended - read @ plastic.weight.T).abs().max() < 1e-8
 
 
 def test_a_written_key_answers_a_repeated_one_adds_nothing_and_a_changed_one_replaces(model):
-    facts, rule = some_factors(model, 5), WriteRule(strength=1.0, n0=0.0, n_due=0.0, ridge=1e-6)
+    facts, rule = some_factors(model, 5), WriteRule(strength=1.0, n0=0.0, n_due=0.0, ridge=1e-6,
+                                                    rows=torch.float64)
     read = addresses(model.ctm, facts)
-    once = compact_memory(model.ctm, Plastic.blank(model.ctm), facts, rule)
+    once = compact_memory(model.ctm, Plastic.blank(model.ctm, rule), facts, rule)
     assert (read @ once.weight.T - facts.values).abs().max() < 1e-3
     twice = compact_memory(model.ctm, once, facts, rule)
     assert (twice.weight - once.weight).abs().max() < 1e-3
@@ -226,7 +230,8 @@ def test_caps_bound_the_write_and_keep_its_direction(model):
     free = compact_memory(model.ctm, Plastic.blank(model.ctm), some_factors(model, 5), WriteRule())
     for rule, measure in ((WriteRule(cap=0.001), output_change),
                           (WriteRule(norm_cap=0.01), norm_ratio)):
-        bound = compact_memory(model.ctm, Plastic.blank(model.ctm), some_factors(model, 5), rule)
+        bound = compact_memory(model.ctm, Plastic.blank(model.ctm, rule), some_factors(model, 5),
+                               rule)
         assert measure(model.ctm, bound.weight) == pytest.approx(
             rule.cap if measure is output_change else rule.norm_cap, rel=1e-6)
         assert torch.cosine_similarity(bound.weight.flatten(), free.weight.flatten(),

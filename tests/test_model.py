@@ -387,8 +387,8 @@ def test_damaged_missing_and_foreign_weights_are_named_in_one_line(tmp_path):
 # -----------------------------------------------------------------------------
 # what memory reads
 
-def test_features_are_the_arc_cosine_kernel_of_whitened_keys():
-    """Over many of them: k, k' -> |x||x'| (sin + (pi - angle) cos) / pi, of x = L^-1 k."""
+def test_features_are_the_even_arc_cosine_kernel_of_whitened_keys():
+    """Over many of them: k, k' -> |x||x'| (sin + (pi / 2 - angle) cos), of x = L^-1 k."""
     ctm = CTMBlock(8, ThoughtConfig(sync=16, head_dim=8, expand=2000), 1e-6)
     ctm.key_moment.copy_(torch.diag(torch.linspace(0.01, 0.1, 16)))
     ctm.whiten()
@@ -396,29 +396,33 @@ def test_features_are_the_arc_cosine_kernel_of_whitened_keys():
     read, white = ctm.features(keys), keys @ ctm.white.double().T
     length = white.norm(dim=1)
     angle = (white @ white.T / torch.outer(length, length)).clamp(-1, 1).acos()
-    kernel = torch.outer(length, length) / math.pi * (angle.sin() + (math.pi - angle) * angle.cos())
+    kernel = torch.outer(length, length) * (angle.sin() + (math.pi / 2 - angle) * angle.cos())
     found = read @ read.T
     assert (found / found.mean() - kernel / kernel.mean()).abs().max() < 0.1
 
 
 def test_moments_of_features_are_those_of_normal_keys():
     torch.manual_seed(0)
-    ctm = CTMBlock(8, ThoughtConfig(sync=16, head_dim=8, expand=2), 1e-6)
-    root = torch.randn(16, 16) / 8
+    ctm = CTMBlock(8, ThoughtConfig(sync=64, head_dim=8, expand=2), 1e-6)
+    root = torch.randn(64, 64) / 64
     ctm.key_moment.copy_(root @ root.T)
     ctm.whiten()
-    for root, moment in zip((root, torch.eye(16) / 4), ctm.feature_moments()):
-        read = ctm.features(torch.randn(200_000, 16) @ root.T)
+    moments = [rows.T @ rows + rest.diag() for rows, rest in (ctm.shared(1, 0), ctm.shared(0, 1))]
+    for root, moment in zip((root, torch.eye(64) / 8), moments):
+        read = ctm.features(torch.randn(50_000, 64) @ root.T).double()
         measured = read.T @ read / len(read)
-        assert (measured - moment).abs().max() < 0.02 * moment.diagonal().max()
-    power = [m.trace() for m in ctm.feature_moments()]
-    assert sum(power) / 2 == pytest.approx(1, rel=1e-4)
+        assert (measured - moment).diagonal().abs().max() < 0.03 * moment.diagonal().max()
+        assert (measured - moment).norm() < 0.04 * moment.norm()    # rho^2 / 2 is left out
+    assert sum(m.trace() for m in moments) / 2 == pytest.approx(1, rel=1e-4)
+    rows, rest = ctm.shared(3.0, 2.0)
+    assert torch.allclose(rows.T @ rows + rest.diag(), 3 * moments[0] + 2 * moments[1])
 
 
 def test_without_features_memory_reads_the_key_itself():
     ctm = CTMBlock(8, ThoughtConfig(sync=16, head_dim=8, expand=0), 1e-6)
-    key = torch.randn(3, 16)
-    assert ctm.features(key) is key and torch.equal(ctm.feature_moments()[0], ctm.whitened[0])
+    key, (rows, rest) = torch.randn(3, 16), ctm.shared(1.0, 0.0)
+    assert ctm.features(key) is key
+    assert torch.allclose(rows.T @ rows + rest.diag(), ctm.key_moment.double(), atol=1e-9)
 
 
 def test_a_loaded_block_reads_what_the_saved_one_did(model, tmp_path):

@@ -91,21 +91,24 @@ def test_phase_2_resumes_bit_for_bit_and_touches_nothing_but_the_block(grafted):
             and {"loss", "nats", "val", "recall_8"} <= log[-1].keys())
 
 
-def test_two_processes_take_the_same_steps_together(grafted):
-    world = grafted
-    run = phase2(world, "two", processes=2)
+@pytest.mark.parametrize("phase", ["phase2", "phase3"])
+def test_two_processes_take_the_same_steps_together(grafted, phase):
+    world, out = grafted, f"two {phase}"
+    run = globals()[phase](world, out, processes=2)
     assert run.returncode == 0, run.stderr
-    assert not same_files(world / "two/last/graft.safetensors", world / "g1/last/graft.safetensors")
+    assert not same_files(world / out / "last/graft.safetensors",
+                          world / "g1/last/graft.safetensors")
     lines = [line for line in run.stdout.splitlines() if line.startswith("weights of rank")]
     assert len(lines) == 2 and lines[0].split()[-1] == lines[1].split()[-1]  # same weights in both
 
 
-def phase3(world: Path, out: str, *extra: str) -> subprocess.CompletedProcess:
+def phase3(world: Path, out: str, *extra: str, processes: int = 1) -> subprocess.CompletedProcess:
     return train("--phase=3", f"--base={world}/whole/last",
                  f"--graft={world}/g1/last/graft.safetensors", f"--text={world}/tokens",
                  f"--out_dir={world}/{out}", "--max_steps=8", "--eval_interval=8",
                  "--thinking_share=0.5", "--carry_share=0.5", "--episode_facts=6",
-                 "--carry_facts=3", "--crowd_facts=4", "--moment_batches=4", *extra)
+                 "--carry_facts=3", "--crowd_facts=4", "--moment_batches=4", *extra,
+                 processes=processes)
 
 
 def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted):
