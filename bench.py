@@ -754,13 +754,14 @@ def fine_tune_figures(s: Sample) -> dict:
 
 def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
     """Reading the sessions once; then per factor 2 S^2 for its bearings, 2 F S for its features,
-    4 F^2 for P phi and P, 4 F D for W, and F^3 once for the first P. The triangular solves within a
-    session, n (F + D) per factor, are left out: n is a fiftieth of F."""
-    S, (D, width) = mind.ctm.config.sync, Plastic.blank(mind.ctm).weight.shape
-    each = 2 * S * S + 2 * width * S + 4 * width * (width + D)
-    f = flops_per_token(mind.model.backbone.config, mind.ctm.config, T)
-    return (tokens * (f["trunk"] + f["block"] + f["head"])
-            + sum(len(f.keys) for f in factors) * each + width ** 3)
+    4 F D for W, and for P phi 4 F for each factor before it; and 4 F S^2 once for what text shares.
+    The triangular solves within a session, n (F + D) per factor, are left out: n is a hundredth
+    of F."""
+    S, (D, width) = mind.ctm.config.sync, mind.blank.weight.shape
+    n, f = sum(len(f.keys) for f in factors), flops_per_token(mind.model.backbone.config,
+                                                              mind.ctm.config, T)
+    return (tokens * (f["trunk"] + f["block"] + f["head"]) + 4 * width * S * S
+            + n * (2 * S * S + 2 * width * S + 4 * width * D) + 2 * width * n * n)
 
 
 # -- ordinary text, the carry, the warm start, the price
@@ -1207,7 +1208,7 @@ def ablation_figures(s: Sample) -> dict:
                        mind.ctm.due_moment * torch.outer(half, half)))
     narrow.ctm.spread.mul_(half)
     note("half of S", narrow.write(s.factors), narrow, OrdinaryText(narrow.model, s.windows[:8]))
-    for expand in (0, 1, 4):
+    for expand in (0, 1, 3, 12):
         other = expanded(Mind(), expand)
         note(f"F = {expand} S" if expand else "along the key itself, no features",
              other.write(s.factors), other, OrdinaryText(other.model, s.windows[:8]))
