@@ -51,7 +51,7 @@ from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Sto
                     output_change, read_session, salience, salience_logit,
                     superseded)
 from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block_module,
-                   flops_per_token, load_backbone, load_graft, mean_and_square,
+                   coin_flips, flops_per_token, load_backbone, load_graft, mean_and_square,
                    read_tensors, replies, save_backbone, save_graft, successors)
 
 # -----------------------------------------------------------------------------
@@ -363,11 +363,6 @@ class Mind:
             data.Tokenizer(tokenizer))
         self.ctm, self.settings = self.model.ctm, settings          # of SessionMemory
 
-    @functools.cached_property
-    def blank(self) -> Plastic:
-        """An empty memory, its P inverted once for all."""
-        return Plastic.blank(self.ctm)
-
     def told(self, sessions: list[str]) -> list[tuple[Factors, Snapshot, int]]:
         """Read each text as one session, side by side:
         what it leaves, and how many tokens it had."""
@@ -385,12 +380,12 @@ class Mind:
 
     def write(self, factors: list[Factors]) -> Plastic:
         """The memory that sessions make, to be read: P of hundreds of them fills the machine."""
-        return Plastic(compact_sessions(self.ctm, factors, blank=self.blank).weight)
+        return Plastic(compact_sessions(self.ctm, factors).weight)
 
     def ask(self, questions: list[str], plastic: Plastic | None | list[Plastic] = None,
             before: list[str] | None = None) -> list[str]:
-        """Each question as a new session: with one memory for all or one for each;
-        after `before`, in the same context."""
+        """Each question in a fresh context, with one memory for all or one for each; after `before`,
+        in the same context. Nothing is carried: a question and its answer are less than a chunk."""
         prompts = [b + data.user_turn(q)
                    for q, b in zip(questions, before or [""] * len(questions))]
         said: dict[int, str] = {}
@@ -398,9 +393,8 @@ class Mind:
             each = [plastic[i] for i in part] if isinstance(plastic, list) else None
             weight = (torch.stack([p.weight.float() for p in each]) if each
                       else plastic.weight.float() if plastic else None)
-            session = SessionMemory(self.model, len(part), threshold=1.1)
             said |= zip(part, replies(self.model, self.words, [prompts[i] for i in part], 16,
-                                      plastic=weight, session=session))
+                                      plastic=weight))
         return [said[i] for i in range(len(prompts))]
 
     def recall(self, world: data.FactWorld, facts: list[data.Fact], plastic,
@@ -413,7 +407,7 @@ def expanded(mind: Mind, expand: int) -> Mind:
     """The same block, whose memory reads another number of features."""
     ctm = mind.ctm
     ctm.config = replace(ctm.config, expand=expand)
-    ctm.spread = ctm.spread.new_zeros(expand * ctm.config.sync, ctm.config.sync)
+    ctm.signs = coin_flips(expand, ctm.config.sync)
     ctm.whiten()
     return mind
 
@@ -743,7 +737,7 @@ def fine_tune_figures(s: Sample) -> dict:
             return known, tuned
         for name, rates, stops in (
                 ("fine_tune", (0.01, 0.03, 0.1, 0.3), (1,)),
-                ("fine_tune_to_95", (0.003, 0.01, 0.03), (1, 2, 4, 8, 16, 32, 64, 100))):
+                ("fine_tune_to_95", (0.003, 0.01, 0.03), (1, 3, 10, 30, 100))):
             share, tuned = max((trained(lr, stops) for lr in rates), key=lambda run: run[0])
             found |= {f"{name}_{n}": share,
                       f"{name}_{n}_text_nats": text.nats(tuned[0].weight.detach()),
@@ -753,15 +747,15 @@ def fine_tune_figures(s: Sample) -> dict:
 
 
 def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
-    """Reading the sessions once; then per factor 2 S^2 for its bearings, 2 F S for its features,
-    4 F D for W, and for P phi 4 F for each factor before it; and 4 F S^2 once for what text shares.
-    The triangular solves within a session, n (F + D) per factor, are left out: n is a hundredth
-    of F."""
-    S, (D, width) = mind.ctm.config.sync, mind.blank.weight.shape
+    """Reading the sessions once; then per factor 2 S^2 each for its bearings and its features, 4 F D
+    for W, and for P phi 4 F for each factor before it; and 4 S^3 once for what text shares. The
+    triangular solves within a session, n (F + D) per factor, are left out: n is a hundredth of F;
+    Fourier transforms, a tenth of a feature's products, too."""
+    S, (D, width) = mind.ctm.config.sync, Plastic.blank(mind.ctm).weight.shape
     n, f = sum(len(f.keys) for f in factors), flops_per_token(mind.model.backbone.config,
                                                               mind.ctm.config, T)
-    return (tokens * (f["trunk"] + f["block"] + f["head"]) + 4 * width * S * S
-            + n * (2 * S * S + 2 * width * S + 4 * width * D) + 2 * width * n * n)
+    return (tokens * (f["trunk"] + f["block"] + f["head"]) + 4 * S ** 3
+            + n * (4 * S * S + 4 * width * D) + 2 * width * n * n)
 
 
 # -- ordinary text, the carry, the warm start, the price
@@ -805,9 +799,9 @@ def carry_figures(mind: Mind, tokens: Tensor, seen: int = 32) -> dict:
             "warm_wrong": nats_after_cut(mind, second, m[near.argmin(1)], seen)}
 
 
-def write_cost(mind: Mind, texts: list[str]) -> float:
-    """CPU seconds of reading and writing sessions, one after the other into one memory,
-    over those of reading them."""
+def write_cost(mind: Mind, texts: list[str]) -> dict:
+    """CPU seconds of reading and writing sessions, one after the other into one memory, over those
+    of reading them; milliseconds of making the empty memory, which a process does once."""
     ids = [torch.tensor([mind.words.encode(t)]) for t in texts]
     def read(threshold: float | None) -> None:
         pointing: list[Tensor] = []
@@ -822,8 +816,12 @@ def write_cost(mind: Mind, texts: list[str]) -> float:
                 pointing.append(bearings(mind.ctm, factors))
                 superseded(pointing, WriteRule().near, len(pointing) - 1)   # its time
                 plastic = compact_memory(mind.ctm, plastic, factors)
+    def empty() -> None:
+        mind.ctm.rooms.clear()
+        Plastic.blank(mind.ctm)
     with torch.no_grad():
-        return cpu_seconds(lambda: read(0.5)) / cpu_seconds(lambda: read(None))
+        return {"write_cost_ratio": cpu_seconds(lambda: read(0.5)) / cpu_seconds(lambda: read(None)),
+                "empty_memory_ms": 1000 * cpu_seconds(empty)}
 
 
 def written_figures(s: Sample) -> dict:
@@ -842,9 +840,8 @@ PARTS = {"restart": written_figures,
          "order": lambda s: order_figures(s.mind, s.world, s.facts, s.factors, s.ordinary),
          "capacity": lambda s: capacity_figures(s.mind, s.world),
          "arms": lambda s: arm_figures(s), "fine_tune": lambda s: fine_tune_figures(s),
-         "carry": lambda s: carry_figures(s.mind, s.windows) | {
-             "write_cost_ratio": write_cost(s.mind, s.texts[10]),
-             "untrained_100": untrained_recall(s)}}
+         "carry": lambda s: (carry_figures(s.mind, s.windows) | write_cost(s.mind, s.texts[10])
+                             | {"untrained_100": untrained_recall(s)})}
 SAMPLE_SETTINGS = ("base", "graft", "thinking", "tokenizer", "seeds", "rows", "T")
 
 
@@ -880,16 +877,26 @@ def measured(parts: dict) -> dict[str, list[float]]:
 
 
 def part_of(name: str, seed: int, settings: dict) -> dict:
-    """One part of one seed's figures, in a process of its own."""
+    """One part of one seed's figures, whatever this process measured before."""
     globals().update(settings)
-    return (PARTS | FULL_PARTS)[name](Sample(seed))
+    sample, dice = sample_of(seed)
+    sample.world.rng.setstate(dice)
+    torch.manual_seed(seed)
+    return (PARTS | FULL_PARTS)[name](sample)
+
+
+@functools.cache
+def sample_of(seed: int) -> tuple[Sample, tuple]:
+    """A seed's sample, and where its chance stands."""
+    sample = Sample(seed)
+    return sample, sample.world.rng.getstate()
 
 
 def untrained_recall(s: Sample) -> float:
     """The same 100 facts written into the block as phase 2 left it, which nothing taught salience,
     strength or Sigma: every token counts, at the trained block's strength, Sigma is measured on
     training text, and what all questions share is not protected."""
-    before = Mind(thinking, threshold=0.0, budget=1000, expected=0.0)
+    before = Mind(thinking, threshold=0.0, budget=1000)
     before.ctm.log_eta.data.copy_(s.mind.ctm.log_eta + math.log(2))   # its salience is one half
     keys = before.model(before.ctm.ordinary).key.flatten(0, 1)
     before.ctm.key_moment.copy_(keys.T @ keys / len(keys) / keys.shape[1])
@@ -944,6 +951,7 @@ def memory() -> dict:
         "carry": {k: v[f"carry_{k[5:]}"] for k in ("nats_with", "nats_without", "nats_shuffled")},
         "warm_start": {k: v[f"warm_{k[5:]}"] for k in ("nats_nearest", "nats_cold", "nats_wrong")},
         "write_cost_ratio": v["write_cost_ratio"], "write_flops": v["write_flops"],
+        "empty_memory_ms": v["empty_memory_ms"],
         "factors_per_fact": v["factors_per_fact"],
         "S": load_graft(base, Path(graft)).ctm.config.sync, "questions": 100 * seeds,
         "text_sha256": HeldOut(data.Tokenizer(tokenizer)).sha256,
@@ -1184,7 +1192,6 @@ def ablation_figures(s: Sample) -> dict:
 
     note("nothing", s.whole)
     for name, rule in {"no protection of text": WriteRule(n0=0.0),
-                       "no protection of what is due": WriteRule(n_due=0.0),
                        "no protection of the past": WriteRule(fade=0.0),
                        "no delta": WriteRule(delta=False),
                        "no projection": WriteRule(project=False),
@@ -1196,9 +1203,8 @@ def ablation_figures(s: Sample) -> dict:
     note("no dopamine", mind.write(loud))
     note("no weight of salience",
          mind.write([f._replace(values=f.values / f.salience[:, None]) for f in s.factors]))
-    note("no threshold of surprise", mind.write(Mind(expected=0.0).factors(s.texts[10])))
     note("every token eligible",
-         mind.write(Mind(threshold=0.0, expected=0.0, budget=1000).factors(s.texts[10])))
+         mind.write(Mind(threshold=0.0, budget=1000).factors(s.texts[10])))
     gated = [f._replace(keys=f.keys * (f.keys.abs() > f.keys.abs().median(1, keepdim=True).values))
              for f in s.factors]
     note("novelty gate",
@@ -1206,7 +1212,7 @@ def ablation_figures(s: Sample) -> dict:
     narrow, half = Mind(), torch.arange(mind.ctm.config.sync) % 2   # of what is read, too
     narrow.ctm.whiten((mind.ctm.key_moment * torch.outer(half, half),
                        mind.ctm.due_moment * torch.outer(half, half)))
-    narrow.ctm.spread.mul_(half)
+    narrow.ctm.white.mul_(half)
     note("half of S", narrow.write(s.factors), narrow, OrdinaryText(narrow.model, s.windows[:8]))
     for expand in (0, 1, 3, 12):
         other = expanded(Mind(), expand)
@@ -1496,7 +1502,7 @@ def mqar_after_restart(model: NanoCTM, told: Tensor, asked: Tensor, due: Tensor)
             return pool.submit(mqar_answers, folder, asked, due).result()
 
 
-MQAR_RULE = WriteRule(n0=0.0, n_due=0.0)  # there is no ordinary text here to protect
+MQAR_RULE = WriteRule(n0=0.0)  # there is no ordinary text here to protect
 
 
 def mqar_answers(folder: Path, asked: Tensor, due: Tensor) -> float:

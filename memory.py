@@ -13,11 +13,10 @@ Eligibility, what a token has to tell the weights (engrams), and the write itsel
     f   = phi(k), CTMBlock.features                                 in F directions instead of S
     v   = eta dopamine salience U e / |U e|                         what it should add there,
     e   = g (E[next] - sum_v p(v) E[v])                             what came - what was expected
-    W  <- W + (v - W f) (P f / f'P f)',   P = (n0 Sigma + n_due Sigma_due + ridge I + past f f')^-1
+    W  <- W + (v - W f) (P f / f'P f)',   P = (n0 Sigma + ridge I + past f f')^-1
 
 No backpropagation and no optimizer: a delta rule with unit gain at its own key and the least
-disturbance of ordinary text (Sigma, second moment of its f), of what all questions share
-(Sigma_due) and of what was written before. What a later session tells anew, at nearly the same
+disturbance of ordinary text (Sigma, second moment of its f) and of what was written before. What a later session tells anew, at nearly the same
 key, is left out (superseded). Factors (k, v) depend on the base model and the text alone, never on
 the store, so W is a function of the living sessions: forgetting one is deleting it and computing W
 again.
@@ -31,7 +30,6 @@ Letters: B batch, T tokens, S sync channels, F features, D width, C carry chunk,
 call or factors of one session.
 """
 import fcntl
-import functools
 import hashlib
 import itertools
 import json
@@ -156,14 +154,13 @@ class SessionMemory:
     """
 
     def __init__(self, model: NanoCTM, rows: int, chunk: int = 32, threshold: float = 0.5,
-                 budget: int = 64, expected: float = 0.1):
-        """threshold of salience; budget: factors at most; expected: what surprised by fewer nats is
-        no news, and takes no room."""
+                 budget: int = 64):
+        """threshold of salience; budget: factors at most."""
         if model.ctm is None:
             raise ValueError("expected a model with a CTM block, found one without: a session has "
                              "nothing to carry there")
         self.model, self.rows, self.chunk = model, rows, chunk
-        self.threshold, self.budget, self.expected = threshold, budget, expected
+        self.threshold, self.budget = threshold, budget
         self.start()
 
     def start(self, warm: Tensor | None = None) -> None:
@@ -259,9 +256,9 @@ class SessionMemory:
     @torch.no_grad()
     def _mark(self, lived: Lived, next_tokens: Tensor, eligible: Tensor, surprise: Tensor,
               reward: Tensor) -> None:
-        """Keep the factors of what is salient and was not expected."""
+        """Keep the factors of what is salient."""
         salient = salience(self.model.ctm, lived.key)
-        eligible = eligible & (salient > self.threshold) & (surprise > self.expected)
+        eligible = eligible & (salient > self.threshold)
         position = self.position[:, None] + lived.real.long().cumsum(1) - 1
         for b in eligible.any(1).nonzero()[:, 0].tolist():
             here = eligible[b].nonzero()[:, 0]
@@ -328,16 +325,14 @@ def read_session(model: NanoCTM, tokens: Tensor, chunk: int = 32,
 @dataclass(frozen=True)
 class WriteRule:
     """How sessions are written; the defaults are what `python bench.py memory` measures."""
-    strength: float = 1.05      # times eta, by which v was formed: a question reads less than all
     n0: float = 100.0           # protection of ordinary text: as many keys as this weigh on P
-    n_due: float = 30.0     # the same of keys at which somebody's value is due: nobody's own
     ridge: float = 0.001        # lambda
     fade: float = 1.0  # mu: how much of the protection of past keys is left a session later
     cap: float = math.inf  # homeostasis: output power on ordinary text, W_m's over W_c's, at most
     norm_cap: float = math.inf  # the same for the weights: |W_m| / |W_c| (the seeds' 0.01)
     delta: bool = True          # subtract what the memory already says there
     project: bool = True        # write through P, not along the bare key
-    near: float = 0.7  # a key as near as this to a later session's (cosine, whitened) is superseded
+    near: float = 0.75  # a key as near as this to a later session's (cosine, whitened) is superseded
     # in which P keeps what was written: half the time of fp64, which a ridge under 1e-5 asks for
     rows: torch.dtype = torch.float32
 
@@ -346,14 +341,15 @@ class Room(NamedTuple):
     """P (F, F), what of the feature space is still free to write in, as diag(free) minus t' t of
     every row t that something has taken: F x F numbers are never held."""
     free: Tensor                # (F,) fp64
-    text: Tensor                # (R, F) fp64, taken by what ordinary text and all questions share
+    text: Tensor                # (R, F) fp64, taken by ordinary text
     past: tuple[Tensor, ...] = ()       # (n, F) each, by what was written before
 
     def along(self, keys: Tensor) -> Tensor:
         """keys (m, F) -> keys P (m, F), fp64 but for the products with rows that are not."""
-        found = keys * self.free
-        for rows in (self.text, *self.past):
-            found = found - (keys.to(rows) @ rows.T) @ rows
+        found = keys * self.free - (keys @ self.text.T) @ self.text
+        if self.past:
+            known = keys.to(self.past[0])
+            found = found - sum((known @ rows.T) @ rows for rows in self.past)
         return found
 
     def without(self, rows: Tensor) -> "Room":
@@ -365,14 +361,25 @@ class Room(NamedTuple):
         return self._replace(past=past)
 
 
+def text_part(ctm: CTMBlock, rule: WriteRule) -> tuple[Tensor, Tensor]:
+    """n0 Sigma of features, as rows and a diagonal (CTMBlock.shared)."""
+    rows, rest = ctm.shared()
+    return math.sqrt(rule.n0) * rows, rule.n0 * rest
+
+
+@torch.no_grad()
 def lens(ctm: CTMBlock, rule: WriteRule) -> Room:
     """The room of an empty memory: (D + B' B)^-1 = D^-1 - D^-1 B' (I + B D^-1 B')^-1 B D^-1
-    (Woodbury 1950), where CTMBlock.shared says B and D - ridge I."""
-    rows, rest = (x.cpu() for x in ctm.shared(rule.n0, rule.n_due))
-    free = 1 / (rest + rule.ridge)
-    inner = torch.eye(len(rows)).to(rows) + (rows * free) @ rows.T
-    return Room(free, torch.linalg.solve_triangular(torch.linalg.cholesky(inner), rows * free,
-                                                    upper=False))
+    (Woodbury 1950) of B' B + D = n0 Sigma + ridge I. On the block's device; made once for all
+    memories of a rule."""
+    known = rule.n0, rule.ridge
+    if known not in ctm.rooms:
+        rows, rest = text_part(ctm, rule)
+        free = 1 / (rest + rule.ridge)
+        inner = torch.eye(len(rows)).to(rows) + (rows * free) @ rows.T
+        ctm.rooms[known] = Room(free, torch.linalg.solve_triangular(
+            torch.linalg.cholesky(inner), rows * free, upper=False))
+    return ctm.rooms[known]
 
 
 @dataclass(frozen=True)
@@ -386,7 +393,7 @@ class Plastic:
         """Nothing written yet."""
         width = max(ctm.config.expand, 1) * ctm.config.sync
         return cls(torch.zeros(len(ctm.start_z), width, dtype=torch.float64),
-                   lens(ctm, rule))
+                   Room(*(x.cpu() for x in lens(ctm, rule)[:2])))
 
 
 def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
@@ -401,7 +408,7 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
     is not finite.
     """
     keys, weight = addresses(ctm, factors), plastic.weight
-    values = rule.strength * factors.values.double().cpu()
+    values = factors.values.double().cpu()
     if plastic.free is None:
         raise ValueError("expected a memory with its free key space, found W_m alone: it can be "
                          "read and not written to")
@@ -418,7 +425,7 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
             same + told.tril(-1), values - keys @ weight.T, upper=False, unitriangular=True)
     weight = weight + values.T @ along
     weight = weight * homeostasis(ctm, weight, rule)
-    if flawed or not torch.isfinite(weight).all():
+    if flawed or not torch.isfinite(weight.sum()):  # of all at once: faster than each
         raise ValueError("expected a finite memory, found one that is not: the session is not "
                          "written, all others are as before")
     return Plastic(weight, free.without(toward.to(rule.rows)))
@@ -436,7 +443,7 @@ def faded(ctm: CTMBlock, room: Room, rule: WriteRule) -> Room:
     P = P_0 - T' T becomes P_0 - fade T' (I - (1 - fade) T L T')^-1 T (Woodbury, twice)."""
     if rule.fade == 1 or not room.past:
         return room
-    rows, rest = (x.cpu() for x in ctm.shared(rule.n0, rule.n_due))
+    rows, rest = (x.cpu() for x in text_part(ctm, rule))
     past = torch.cat(room.past).double()
     taken = (past @ rows.T) @ (past @ rows.T).T + (past * (rest + rule.ridge)) @ past.T
     left = torch.eye(len(past)).to(past) - (1 - rule.fade) * taken
@@ -475,11 +482,10 @@ def superseded(pointing: list[Tensor], near: float, since: int = 0) -> list[Tens
     return list(torch.cat(gone).split(size))
 
 
-def compact_sessions(ctm: CTMBlock, sessions: list[Factors], rule: WriteRule = WriteRule(),
-                     blank: Plastic | None = None) -> Plastic:
-    """The memory that sessions make, one after the other, without what is told anew later.
-    blank: the empty one of this rule, where it is at hand already."""
-    plastic = blank or Plastic.blank(ctm, rule)
+def compact_sessions(ctm: CTMBlock, sessions: list[Factors],
+                     rule: WriteRule = WriteRule()) -> Plastic:
+    """The memory that sessions make, one after the other, without what is told anew later."""
+    plastic = Plastic.blank(ctm, rule)
     gone = superseded([bearings(ctm, f) for f in sessions], rule.near)
     for factors, again in zip(sessions, gone):
         plastic = compact_memory(ctm, plastic, factors.rows(~again), rule)
@@ -496,7 +502,7 @@ def homeostasis(ctm: CTMBlock, weight: Tensor, rule: WriteRule) -> float:
 def output_change(ctm: CTMBlock, weight: Tensor) -> float:
     """E |W_m phi|^2 / E |W_c kappa|^2 on ordinary text: how loud the memory is next to the thought
     it is added to."""
-    rows, rest = (x.cpu() for x in ctm.shared(1.0, 0.0))
+    rows, rest = (x.cpu() for x in ctm.shared())
     own, sigma = ctm.c_proj.weight.detach().double().cpu(), ctm.key_moment.double().cpu()
     heard = (weight @ rows.T).pow(2).sum() + (weight.pow(2) * rest).sum()
     return float(heard / (ctm.config.sync * ((own @ sigma) * own).sum()))
@@ -513,18 +519,22 @@ class OrdinaryText:
     block's weights.
 
     Keys do not depend on the memory, so the text is thought about once, and judging a memory costs
-    the head alone.
+    one product with it and the head.
     """
 
     def __init__(self, model: NanoCTM, tokens: Tensor | None = None):
         self.model, tokens = model, model.ctm.ordinary if tokens is None else tokens
         with torch.no_grad():
             self.ticks, self.targets = model.ticks(*model.trunk(tokens)), successors(tokens)
+            self.alone = model.measure(self.ticks, self.targets)
+            self.read = model.ctm.features(self.ticks.keys / math.sqrt(model.ctm.config.sync))
 
+    @torch.no_grad()
     def nats(self, weight: Tensor | None) -> float:
         """Mean nats per token at the tick read, with W_m (D, F) beside W_c, or without a memory."""
-        plastic = None if weight is None else weight.float().to(self.targets.device)
-        return float(self.model.measure(self.ticks, self.targets, plastic).nats.nanmean())
+        thought = self.alone if weight is None else self.model.aided(
+            self.ticks, self.targets, self.alone, self.read @ weight.to(self.read).T)
+        return float(thought.nats.nanmean())
 
 
 def why(store: "Store", said: Spoken) -> dict:
@@ -593,7 +603,7 @@ class Store:
         self.folder, self.model, self.read_only = Path(folder), model, read_only
         self.rule, self.max_drift = rule, max_drift
         self.base = f"{backbone_hash(model)}-{fingerprint(model.ctm)}"
-        self._text, self._lock = text, None
+        self._text, self._lock, self._nats = text, None, None
         if self._holds_something() and not (self.folder / "manifest.json").is_file():
             raise ValueError(f"expected a memory or a new folder at {self.folder}, found other "
                              "files: choose another --memory_dir")
@@ -669,7 +679,7 @@ class Store:
     def told_by(self, keys: Tensor) -> Tensor:
         """What each living session adds where memory reads keys (n, S) of unit length: (sessions,
         n, D), whose sum is W_m phi(k)."""
-        plastic, parts = self._blank, []
+        plastic, parts = Plastic.blank(self.model.ctm, self.rule), []
         read = self.model.ctm.features(keys.double()).cpu()
         for factors, anew in zip(self.factors, self._now.anew):
             after = compact_memory(self.model.ctm, plastic, factors.rows(~anew), self.rule)
@@ -695,17 +705,26 @@ class Store:
             raise ValueError("expected a finite session, found values that are not: nothing is "
                              "written, the store is as before")
         now = self._written([*self.factors, factors], self._now)
-        before, after = (self.text.nats(w.plastic.weight) for w in (self._now, now))
-        if not after - before <= self.max_drift:
-            raise ValueError("expected a session that costs ordinary text at most "
-                             f"{self.max_drift} nats, found {after - before:+.2f} "
-                             f"({before:.2f} to {after:.2f}): nothing is written; raise "
-                             "--max_drift to insist")
+        before, after = self._judged(now)
         entry = {"id": "", "told_at": time.time(), "tokens": tokens, "factors": len(factors.keys),
                  "text_nats": [round(before, 4), round(after, 4)]}
         self._add([(entry, factors, snapshot)])
-        self._now = now
+        self._now, self._nats = now, after
         return entry
+
+    def _judged(self, now: "Written") -> tuple[float, float]:
+        """Nats of ordinary text with the memory as it is, and as it would be. ValueError where
+        `max_drift` is passed."""
+        if self._nats is None:
+            self._nats = self.text.nats(self._now.plastic.weight if self.entries else None)
+        before = self._nats
+        after = self.text.nats(now.plastic.weight)
+        if not after - before <= self.max_drift:
+            raise ValueError("expected what is told to cost ordinary text at most "
+                             f"{self.max_drift} nats, found {after - before:+.2f} "
+                             f"({before:.2f} to {after:.2f}): nothing is written; raise "
+                             "--max_drift to insist")
+        return before, after
 
     def forget(self, which: str) -> int:
         """Forget one session by its id (or an unambiguous beginning of it), or "all"; -> how many.
@@ -714,8 +733,8 @@ class Store:
         living = [(e, f) for e, f in zip(self.entries, self.factors) if e not in gone]
         now = self._written([f for _, f in living])
         self._replace_manifest([e for e, _ in living])
-        self.entries, self.factors, self._now = ([e for e, _ in living], [f for _, f in living],
-                                                 now)
+        self.entries, self.factors, self._now, self._nats = (
+            [e for e, _ in living], [f for _, f in living], now, None)
         self._remove_orphans()
         return len(gone)
 
@@ -782,21 +801,12 @@ class Store:
                 fresh = {k: entry[k] for k in ("told_at", "tokens", "text_nats")}
                 new.append(({"id": "", **fresh, "factors": len(factors.keys)}, factors, snapshot))
         now = self._written([*self.factors, *(f for _, f, _ in new)], self._now)
-        before, after = (self.text.nats(w.plastic.weight) for w in (self._now, now))
-        if not after - before <= self.max_drift:
-            raise ValueError(f"{file}: expected a memory that costs ordinary text at most "
-                             f"{self.max_drift} nats, found "
-                             f"{after - before:+.2f}: nothing is imported; raise --max_drift to "
-                             "insist")
+        _, after = self._judged(now)
         self._add(new)
-        self._now = now
+        self._now, self._nats = now, after
         return len(new)
 
     # -- the disk
-
-    @functools.cached_property
-    def _blank(self) -> Plastic:
-        return Plastic.blank(self.model.ctm, self.rule)
 
     def _written(self, sessions: list[Factors], before: "Written | None" = None) -> "Written":
         """The memory that these sessions make; those in `before` came first.
@@ -805,7 +815,8 @@ class Store:
         each: opening a thousand sessions takes seconds, and every way to the same sessions ends in
         the same bits. Goes on from the blocks of `before`, unless what they hold is told anew.
         """
-        before = before or Written(self._blank)
+        blank = Plastic.blank(self.model.ctm, self.rule)
+        before = before or Written(blank)
         if not sessions:
             return before
         known = len(before.anew)
@@ -814,7 +825,7 @@ class Store:
         for i, gone in enumerate(before.anew):
             anew[i] = anew[i] | gone
         same = all(map(torch.equal, anew[:before.done], before.anew))
-        done, full = (before.done, before.full or self._blank) if same else (0, self._blank)
+        done, full = (before.done, before.full or blank) if same else (0, blank)
         each = (self.rule.fade < 1 or math.isfinite(self.rule.cap)
                 or math.isfinite(self.rule.norm_cap))
         block: list[Factors] = []

@@ -16,7 +16,6 @@ Sources: Continuous Thought Machines (arXiv:2505.05522), Qwen3 (arXiv:2505.09388
 Letters: B batch, T tokens, D width = neurons, K ticks, M history, S sync channels, F features that
 a memory reads, H heads, V vocabulary, N = B*T.
 """
-import functools
 import hashlib
 import json
 import math
@@ -380,14 +379,19 @@ class Sync(nn.Module):
         return (alpha + rho * m) * torch.rsqrt(beta + rho)
 
 
-@functools.cache
-def rotations(size: int, number: int) -> Tensor:
-    """(number size, size): so many random orthogonal matrices, always the same ones."""
+def coin_flips(number: int, size: int) -> Tensor:
+    """(number, size) of 1 and -1 by chance, always the same ones."""
     chance = torch.Generator("cpu").manual_seed(0)
-    drawn = torch.randn(number, size, size, generator=chance, device="cpu")
-    turned, upper = torch.linalg.qr(drawn)
-    # no sign is favoured (Mezzadri 2007)
-    return (turned * upper.diagonal(dim1=1, dim2=2)[:, None].sign()).flatten(0, 1)
+    return torch.randint(2, (number, size), generator=chance, device="cpu") * 2.0 - 1.0
+
+
+def hartley(x: Tensor) -> Tensor:
+    """The orthogonal Hartley transform of x (..., n) over its last axis, in n log n: real and
+    imaginary part of a Fourier transform, less one another (Bracewell 1983)."""
+    if not x.numel():                   # which MKL's FFT refuses
+        return x
+    y, n = torch.fft.rfft(x, norm="ortho"), x.shape[-1]
+    return torch.cat([y.real - y.imag, (y.real + y.imag)[..., 1:(n + 1) // 2].flip(-1)], -1)
 
 
 class TickState(NamedTuple):
@@ -399,6 +403,9 @@ class TickState(NamedTuple):
     alpha_act: Tensor
     beta_out: Tensor                    # (S,) fp32, the same for every token
     beta_act: Tensor
+
+
+DUE = 20.0                  # of a key where a value is due, in whitening, where text weighs 100
 
 
 class CTMBlock(nn.Module):
@@ -445,7 +452,7 @@ class CTMBlock(nn.Module):
         self.register_buffer("ordinary", torch.zeros(4, 64, dtype=torch.long))
         # of what memory reads, see `whiten`: made from the two moments, so no file holds them
         self.register_buffer("white", torch.zeros(c.sync, c.sync), persistent=False)
-        self.register_buffer("spread", torch.zeros(c.expand * c.sync, c.sync), persistent=False)
+        self.register_buffer("signs", coin_flips(c.expand, c.sync), persistent=False)
         self.register_load_state_dict_post_hook(lambda block, _: block.whiten())
         self.whiten()
 
@@ -520,47 +527,48 @@ class CTMBlock(nn.Module):
         if not self.config.expand:
             return k
         with torch.autocast(k.device.type, enabled=False):  # whitening asks for fp32
-            return (k @ self.spread.to(k.dtype).T).abs()
+            return self.turned(k @ self.white.to(k.dtype).T).abs()
+
+    def turned(self, x: Tensor) -> Tensor:
+        """x (..., S) -> (..., F): F / S random rotations, each a flip of signs and a Hartley
+        transform, as fast as an FFT (after orthogonal random features, arXiv:1610.09072)."""
+        return hartley(x[..., None, :] * self.signs.to(x.dtype)).flatten(-2)
 
     @torch.no_grad()
     def whiten(self, moments: tuple[Tensor, Tensor] | None = None) -> None:
-        """Turn `white` (S, S) and `spread` (F, S) to these second moments of keys, by default the
-        block's own as they are now; called when these change.
+        """Turn `white` (S, S) to these second moments of keys, by default the block's own as they
+        are now; called when these change.
 
-        white is L^-1, where L L' = 100 Sigma + 30 Sigma_due + 0.001 I: what all keys have in common
-        would else be most of every feature. spread turns L^-1 k at random, F / S times, to such a
-        length that |phi|^2 is 1 for a middling key.
+        It is L^-1, where L L' = 100 Sigma + DUE Sigma_due + 0.001 I: what all keys have in common
+        would else be most of every feature. Its length makes |phi|^2 1 for a middling key.
         """
         self.whitened = tuple(m.clone() for m in moments or (self.key_moment, self.due_moment))
+        self.rooms = {}                 # what memory.lens makes of them, by its settings
         text, due = (m.double() for m in self.whitened)
         same = torch.eye(self.config.sync).to(text)
         white = torch.linalg.solve_triangular(
-            torch.linalg.cholesky(100 * text + 30 * due + 0.001 * same), same, upper=False)
-        self.white.copy_(white)
-        if self.config.expand:
-            power = ((white @ (text + due) / 2) * white).sum()
-            turns = rotations(self.config.sync, self.config.expand).to(same)
-            self.spread.copy_(turns @ white / torch.sqrt(self.config.expand * power))
+            torch.linalg.cholesky(100 * text + DUE * due + 0.001 * same), same, upper=False)
+        power = ((white @ (text + due) / 2) * white).sum()
+        self.white.copy_(white / torch.sqrt(max(self.config.expand, 1) * power))
 
     @torch.no_grad()
-    def shared(self, text: float, due: float) -> tuple[Tensor, Tensor]:
-        """Rows B (R, F), rest d (F,), fp64: B' B + diag d is `text` times the second moment of
-        `features` on ordinary text plus `due` times that where a value is due.
+    def shared(self) -> tuple[Tensor, Tensor]:
+        """Rows B (R, F), rest d (F,), fp64: B' B + diag d is the second moment of `features` on
+        ordinary text.
 
-        Computed from the moments of the keys as if these were normal, so that nothing of F x F need
-        be measured, stored or inverted: E |x| |y| = s t (1 + rho^2 / 2 + ...) 2 / pi for standard
+        Computed from that of the keys as if these were normal, so that nothing of F x F need be
+        measured, stored or inverted: E |x| |y| = s t (1 + rho^2 / 2 + ...) 2 / pi for standard
         deviations s, t and correlation rho. That is s^2 on the diagonal, and off it rho^2 / 2 is
-        left out: half of 1 / S for two features turned at random. So R = 2, or S without features.
+        left out: half of 1 / S for two features turned at random. So R = 1, or S without features.
         """
-        moments = [weight * m.to(self.spread)                           # no buffers: stayed behind
-                   for weight, m in zip((text, due), self.whitened)]
+        moment = self.whitened[0].to(self.white)                        # no buffer: stayed behind
+        same = torch.eye(len(moment)).to(moment)
         if not self.config.expand:
-            whole = sum(moments).double()
-            return (torch.linalg.cholesky(whole + 1e-12 * torch.eye(len(whole)).to(whole)).T,
-                    torch.zeros_like(whole[0]))
-        power = torch.stack([(self.spread @ m * self.spread).sum(1)             # weight s^2, (2, F)
-                             for m in moments]).double()
-        return (power * (2 / math.pi)).sqrt(), power.sum(0) * (1 - 2 / math.pi)
+            return (torch.linalg.cholesky(moment.double() + 1e-8 * same).T,
+                    torch.zeros_like(moment[0], dtype=torch.float64))
+        seen = self.white @ moment @ self.white.T
+        power = (self.turned(seen) * self.turned(same)).sum(0).double()         # s^2, (F,)
+        return (power * (2 / math.pi)).sqrt()[None], power * (1 - 2 / math.pi)
 
     @torch.no_grad()
     def settle(self, mean: Tensor, square: Tensor, rate: float) -> None:
@@ -786,11 +794,14 @@ class NanoCTM(nn.Module):
         if plastic is None or self.ctm is None:
             return alone
         read = self.ctm.features(t.keys.flatten(1, 2) / math.sqrt(self.ctm.config.sync))
-        aid = (read @ plastic.mT).unflatten(1, t.keys.shape[1:3])
-        aided = self._read(t, t.h[:, :, None] + (t.out + aid.to(t.out.dtype)), targets, None,
-                           alone.certainty < 0)
-        aided.alone = alone
-        return aided
+        return self.aided(t, targets, alone, read @ plastic.mT)
+
+    def aided(self, t: Ticks, targets: Tensor, alone: Thought, aid: Tensor) -> Thought:
+        """The thought `alone`, read with what a memory adds at every tick, aid (B, T K', D)."""
+        out = t.out + aid.view(t.out.shape).to(t.out.dtype)
+        thought = self._read(t, t.h[:, :, None] + out, targets, None, alone.certainty < 0)
+        thought.alone = alone
+        return thought
 
     def _read(self, t: Ticks, hidden: Tensor, targets: Tensor, halt: float | None,
               unthought: Tensor | None) -> Thought:
@@ -890,7 +901,7 @@ def flops_per_token(b: BackboneConfig, c: ThoughtConfig, T: int) -> dict[str, in
     return {"trunk": trunk, "ffn": 6 * D * b.intermediate_size, "block": sum(parts.values()),
             **parts,
             "head": 2 * D * b.vocab_size,
-            "memory": K * 2 * (c.expand * S * (S + D) if c.expand else S * D)}
+            "memory": K * 2 * S * (S + c.expand * D if c.expand else D)}
 
 
 # -----------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 import configurator
 import data
-from memory import (Lived, Room, SessionMemory, WriteRule, compact_sessions, dopamine, lens,
+from memory import (Lived, SessionMemory, WriteRule, compact_sessions, dopamine, lens,
                     prediction_error, read_session, salience, salience_logit)
 from model import (HEAD_ENTRIES, BackboneConfig, CTMBlock, NanoCTM, Thought, ThoughtConfig, Ticks,
                    at_tick, block_module, choose_device, fingerprint, flops_per_token,
@@ -104,7 +104,6 @@ write_strength = 20.0       # eta at the start: |g E|^2 eta / |h| should be seve
 write_rule = "solved"       # memory of factors in training: "sum", or "solved" by ridge regression
 write_ridge = 1e-3          # of the solved rule
 write_n0 = 5.0              # of the solved rule: ordinary text weighs as much as so many keys
-write_n_due = 5.0           # and as much what all keys share where a value is due
 contrast_weight = 1.0       # key where a fact was told against key where it is asked
 contrast_scale = 15.0       # of the cosines
 reading_weight = 3.0        # squared error of facts read: by its question 1, by others, strangers 0
@@ -493,25 +492,13 @@ def written(ctm: CTMBlock, keys: torch.Tensor, salient: torch.Tensor,
     if write_rule == "sum":
         return keys.T
     keys, salient = keys.double(), salient.double()                 # small ridge: fp32 won't do
-    toward = prior(ctm).along(keys).T                               # (F, n)
+    toward = lens(ctm, WriteRule(n0=write_n0, ridge=write_ridge)).along(keys).T         # (F, n)
     alike = keys @ toward
     if mind is not None:
         alike = alike * (mind[:, None] == mind)
     itself = torch.eye(len(keys)).to(keys)
     # values carry their salience already
     return torch.linalg.solve(itself + salient[:, None] * alike, toward, left=False).float()
-
-
-@torch.no_grad()
-def prior(ctm: CTMBlock) -> Room:
-    """The room of an empty memory, the same until keys are whitened anew."""
-    if prior.of is not ctm.whitened:
-        prior.of = ctm.whitened
-        prior.room = lens(ctm, WriteRule(n0=write_n0, n_due=write_n_due, ridge=write_ridge))
-    return prior.room
-
-
-prior.of = prior.room = None
 
 
 def remembered(model: NanoCTM, lived: Lived, following: torch.Tensor,

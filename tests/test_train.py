@@ -139,12 +139,12 @@ def test_memories_solved_side_by_side_are_those_solved_apart(minds):
                              torch.randn(10, 6), torch.rand(10))
     ctm = CTMBlock(8, ThoughtConfig(sync=24, head_dim=8, expand=0), 1e-6)
     mind = torch.arange(10) % minds
-    ctm.due_moment.copy_(keys[:3].T @ keys[:3] / 3)
+    ctm.key_moment.lerp_(keys[:3].T @ keys[:3] / 3, 0.5)
     ctm.whiten()
     together = training.written(ctm, keys, salient, mind)
     for one in range(minds):
         k, v, s = (x[mind == one].double() for x in (keys, values, salient))
-        common = training.write_n0 * ctm.key_moment + training.write_n_due * ctm.due_moment
+        common = training.write_n0 * ctm.key_moment
         taken = k.T @ (k * s[:, None]) + training.write_ridge * torch.eye(24) + common
         expected = torch.linalg.solve(taken, k.T @ v).T
         assert torch.allclose(values[mind == one].T @ together[:, mind == one].T,
