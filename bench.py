@@ -35,7 +35,7 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -205,10 +205,10 @@ def cost_table(backbone: BackboneConfig, thought: ThoughtConfig) -> list[dict]:
     return table
 
 
-def cpu_seconds(work) -> float:
+def cpu_seconds(work, times: int = 3) -> float:
     """The best of three: CPU time, since wall time belongs to whoever else is on the machine."""
     taken = []
-    for _ in range(3):
+    for _ in range(times):
         begin = time.process_time()
         work()
         taken.append(time.process_time() - begin)
@@ -801,7 +801,8 @@ def carry_figures(mind: Mind, tokens: Tensor, seen: int = 32) -> dict:
 
 def write_cost(mind: Mind, texts: list[str]) -> dict:
     """CPU seconds of reading and writing sessions, one after the other into one memory, over those
-    of reading them; milliseconds of making the empty memory, which a process does once."""
+    of reading them just before: the median of seven pairs, since one CPU is not as fast all the
+    time; milliseconds of making the empty memory, which a process does once."""
     ids = [torch.tensor([mind.words.encode(t)]) for t in texts]
     def read(threshold: float | None) -> None:
         pointing: list[Tensor] = []
@@ -820,7 +821,8 @@ def write_cost(mind: Mind, texts: list[str]) -> dict:
         mind.ctm.rooms.clear()
         Plastic.blank(mind.ctm)
     with torch.no_grad():
-        return {"write_cost_ratio": cpu_seconds(lambda: read(0.5)) / cpu_seconds(lambda: read(None)),
+        pairs = [[cpu_seconds(lambda: read(t), 1) for t in (None, 0.5)] for _ in range(7)]
+        return {"write_cost_ratio": median(both / alone for alone, both in pairs),
                 "empty_memory_ms": 1000 * cpu_seconds(empty)}
 
 

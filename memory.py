@@ -139,6 +139,18 @@ class Lived(NamedTuple):
         return Lived(*(x[:, begin:end] for x in self))
 
 
+class Marked(NamedTuple):
+    """Salient tokens, n of one row or of each, until their session ends."""
+    hidden: Tensor              # (..., n, D) as Lived has it
+    came: Tensor                # (..., n) the token that followed
+    key: Tensor                 # (..., n, S) kappa
+    surprise: Tensor            # (..., n), and the following: as Factors has them
+    dopamine: Tensor
+    salience: Tensor
+    position: Tensor
+    tick: Tensor
+
+
 class SessionMemory:
     """The carry of several sessions side by side, and what they leave; owned by the caller.
 
@@ -172,7 +184,7 @@ class SessionMemory:
         self.filled = torch.zeros(self.rows, dtype=torch.long, device=self.m.device)
         self.position = torch.zeros_like(self.filled)
         self.waiting: Lived | None = None
-        self.kept: list[list[Factors]] = [[] for _ in range(self.rows)]
+        self.kept: list[list[Marked]] = [[] for _ in range(self.rows)]
 
     def room(self, ahead: Tensor | None = None) -> int:
         """Positions that may be observed before some row's chunk is full; ahead (B, n): only rows
@@ -256,18 +268,15 @@ class SessionMemory:
     @torch.no_grad()
     def _mark(self, lived: Lived, next_tokens: Tensor, eligible: Tensor, surprise: Tensor,
               reward: Tensor) -> None:
-        """Keep the factors of what is salient."""
+        """Keep what is salient."""
         salient = salience(self.model.ctm, lived.key)
         eligible = eligible & (salient > self.threshold)
         position = self.position[:, None] + lived.real.long().cumsum(1) - 1
+        marked = Marked(lived.hidden, next_tokens, lived.key, surprise, reward, salient, position,
+                        lived.tick)
         for b in eligible.any(1).nonzero()[:, 0].tolist():
             here = eligible[b].nonzero()[:, 0]
-            value = engrams(self.model, lived.hidden[b, here], next_tokens[b, here],
-                            reward[b, here] * salient[b, here])
-            key = lived.key[b, here] / math.sqrt(lived.key.shape[-1])
-            self.kept[b].append(Factors(key, value, surprise[b, here], reward[b, here],
-                                        salient[b, here], position[b, here],
-                                        lived.tick[b, here]))
+            self.kept[b].append(Marked(*(x[b, here] for x in marked)))
 
     def _renew(self, rows: Tensor) -> None:
         """Renew m from the sums in the given rows (B,); what has not lived stays fresh."""
@@ -289,7 +298,8 @@ class SessionMemory:
         """How this row was thinking at its end; tokens (n,): all it read."""
         return Snapshot(self.alpha[row], self.beta[row], about(self.model, tokens))
 
-    def _bounded(self, pieces: list[Factors]) -> Factors:
+    @torch.no_grad()
+    def _bounded(self, pieces: list[Marked]) -> Factors:
         ctm, device = self.model.ctm, self.m.device
         if not pieces:
             empty = torch.zeros(0, device=device)
@@ -297,10 +307,12 @@ class SessionMemory:
             return Factors(torch.zeros(0, ctm.config.sync, device=device),
                            torch.zeros(0, len(ctm.start_z), device=device),
                            empty, empty, empty, none, none)
-        whole = Factors(*map(torch.cat, zip(*pieces)))
-        strength = whole.salience * whole.dopamine
-        strongest = strength.topk(min(self.budget, len(whole.keys))).indices
-        return whole.rows(strongest.sort().values)
+        whole = Marked(*map(torch.cat, zip(*pieces)))
+        weight = whole.salience * whole.dopamine
+        strongest = weight.topk(min(self.budget, len(weight))).indices.sort().values
+        hidden, came, key, *figures = (x[strongest] for x in whole)
+        return Factors(key / math.sqrt(key.shape[1]),
+                       engrams(self.model, hidden, came, weight[strongest]), *figures)
 
 
 def about(model: NanoCTM, tokens: Tensor) -> Tensor:
@@ -333,23 +345,22 @@ class WriteRule:
     delta: bool = True          # subtract what the memory already says there
     project: bool = True        # write through P, not along the bare key
     near: float = 0.75  # a key as near as this to a later session's (cosine, whitened) is superseded
-    # in which P keeps what was written: half the time of fp64, which a ridge under 1e-5 asks for
-    rows: torch.dtype = torch.float32
+    # of W_m and all else that is F wide: half the time of fp64, which a ridge under 1e-5 asks for
+    wide: torch.dtype = torch.float32
 
 
 class Room(NamedTuple):
     """P (F, F), what of the feature space is still free to write in, as diag(free) minus t' t of
     every row t that something has taken: F x F numbers are never held."""
-    free: Tensor                # (F,) fp64
-    text: Tensor                # (R, F) fp64, taken by ordinary text
+    free: Tensor                # (F,)
+    text: Tensor                # (R, F), taken by ordinary text
     past: tuple[Tensor, ...] = ()       # (n, F) each, by what was written before
 
     def along(self, keys: Tensor) -> Tensor:
-        """keys (m, F) -> keys P (m, F), fp64 but for the products with rows that are not."""
-        found = keys * self.free - (keys @ self.text.T) @ self.text
-        if self.past:
-            known = keys.to(self.past[0])
-            found = found - sum((known @ rows.T) @ rows for rows in self.past)
+        """keys (m, F) -> keys P (m, F)."""
+        found = keys * self.free
+        for rows in (self.text, *self.past):
+            found = torch.addmm(found, keys @ rows.T, rows, alpha=-1)
         return found
 
     def without(self, rows: Tensor) -> "Room":
@@ -370,8 +381,8 @@ def text_part(ctm: CTMBlock, rule: WriteRule) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def lens(ctm: CTMBlock, rule: WriteRule) -> Room:
     """The room of an empty memory: (D + B' B)^-1 = D^-1 - D^-1 B' (I + B D^-1 B')^-1 B D^-1
-    (Woodbury 1950) of B' B + D = n0 Sigma + ridge I. On the block's device; made once for all
-    memories of a rule."""
+    (Woodbury 1950) of B' B + D = n0 Sigma + ridge I. fp64, on the block's device; made once for
+    all memories of a rule."""
     known = rule.n0, rule.ridge
     if known not in ctm.rooms:
         rows, rest = text_part(ctm, rule)
@@ -384,7 +395,7 @@ def lens(ctm: CTMBlock, rule: WriteRule) -> Room:
 
 @dataclass(frozen=True)
 class Plastic:
-    """A written memory: W_m, and the room that it leaves. Both fp64, on the CPU."""
+    """A written memory: W_m, and the room that it leaves. Both on the CPU."""
     weight: Tensor              # (D, F)
     free: Room | None = None    # None: to be read, not written to
 
@@ -392,8 +403,8 @@ class Plastic:
     def blank(cls, ctm: CTMBlock, rule: WriteRule = WriteRule()) -> "Plastic":
         """Nothing written yet."""
         width = max(ctm.config.expand, 1) * ctm.config.sync
-        return cls(torch.zeros(len(ctm.start_z), width, dtype=torch.float64),
-                   Room(*(x.cpu() for x in lens(ctm, rule)[:2])))
+        return cls(torch.zeros(len(ctm.start_z), width, dtype=rule.wide),
+                   Room(*(x.to("cpu", rule.wide) for x in lens(ctm, rule)[:2])))
 
 
 def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
@@ -407,7 +418,7 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
     so the delta rule is one triangular solve more. ValueError, and nothing written, when anything
     is not finite.
     """
-    keys, weight = addresses(ctm, factors), plastic.weight
+    keys, weight = addresses(ctm, factors).to(rule.wide), plastic.weight
     values = factors.values.double().cpu()
     if plastic.free is None:
         raise ValueError("expected a memory with its free key space, found W_m alone: it can be "
@@ -415,25 +426,26 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
     same, free = torch.eye(len(keys), dtype=torch.float64), faded(ctm, plastic.free, rule)
     toward = free.along(keys)                                       # (n, F)
     root, flawed = torch.linalg.cholesky_ex(same + keys @ toward.T)
-    toward = torch.linalg.solve_triangular(root, toward, upper=False)
+    toward = torch.linalg.solve_triangular(root, same, upper=False).to(rule.wide) @ toward
     gain = root.diagonal() / (root.diagonal() ** 2 - 1)
-    # (n, F): unit gain at its own key
-    along = toward * gain[:, None] if rule.project else keys
     if rule.delta:  # what earlier sessions, and earlier tokens, say there already
-        told = root * gain if rule.project else keys @ keys.T
+        told = root * gain if rule.project else (keys @ keys.T).double()
         values = torch.linalg.solve_triangular(
             same + told.tril(-1), values - keys @ weight.T, upper=False, unitriangular=True)
-    weight = weight + values.T @ along
-    weight = weight * homeostasis(ctm, weight, rule)
+    if rule.project:  # unit gain at its own key
+        values, along = values * gain[:, None], toward
+    else:
+        along = keys
+    weight = homeostasis(ctm, torch.addmm(weight, values.T.to(rule.wide), along), rule)
     if flawed or not torch.isfinite(weight.sum()):  # of all at once: faster than each
         raise ValueError("expected a finite memory, found one that is not: the session is not "
                          "written, all others are as before")
-    return Plastic(weight, free.without(toward.to(rule.rows)))
+    return Plastic(weight, free.without(toward))
 
 
 def addresses(ctm: CTMBlock, factors: Factors) -> Tensor:
-    """Where the write finds each factor: phi (n, F), fp64, as a question reads it: of fp32."""
-    return ctm.features(factors.unit_keys().float().to(ctm.start_z.device)).double().cpu()
+    """Where the write finds each factor, as a question reads it: phi (n, F), fp32."""
+    return ctm.features(factors.unit_keys().float().to(ctm.start_z.device)).cpu()
 
 
 def faded(ctm: CTMBlock, room: Room, rule: WriteRule) -> Room:
@@ -448,14 +460,14 @@ def faded(ctm: CTMBlock, room: Room, rule: WriteRule) -> Room:
     taken = (past @ rows.T) @ (past @ rows.T).T + (past * (rest + rule.ridge)) @ past.T
     left = torch.eye(len(past)).to(past) - (1 - rule.fade) * taken
     return room._replace(past=(math.sqrt(rule.fade) * torch.linalg.solve_triangular(
-        torch.linalg.cholesky(left), past, upper=False).to(rule.rows),))
+        torch.linalg.cholesky(left), past, upper=False).to(rule.wide),))
 
 
 def bearings(ctm: CTMBlock, factors: Factors) -> Tensor:
-    """Where each whitened key points: (n, S) whole numbers in fp32, so that a product of two is
-    exact in any order (S <= 4,200) and every way to the same sessions finds the same told anew."""
-    keys = factors.unit_keys()
-    seen = (keys @ ctm.white.to(keys).T).float().cpu()
+    """Where each whitened key of a session points: (n, S) whole numbers in fp32, so that a product
+    of two is exact in any order (S <= 4,200) and every way to the same sessions finds the same told
+    anew."""
+    seen = (factors.unit_keys().float().to(ctm.white.device) @ ctm.white.T).cpu()
     return (63 * seen / seen.abs().amax(1, keepdim=True)).round()
 
 
@@ -474,7 +486,7 @@ def superseded(pointing: list[Tensor], near: float, since: int = 0) -> list[Tens
         return [torch.zeros(0, dtype=torch.bool) for _ in size]
     whole, first, gone = torch.cat(pointing), sum(size[:since]), []
     owner = torch.arange(len(size)).repeat_interleave(torch.tensor(size))
-    length = whole.double().norm(dim=1)
+    length = whole.pow(2).sum(1).sqrt()                             # whole numbers still, and exact
     for rows in torch.arange(len(whole)).split(512):
         later = slice(max(first, int(rows[0])), None)
         again = whole[rows] @ whole[later].T > near * torch.outer(length[rows], length[later])
@@ -492,11 +504,12 @@ def compact_sessions(ctm: CTMBlock, sessions: list[Factors],
     return plastic
 
 
-def homeostasis(ctm: CTMBlock, weight: Tensor, rule: WriteRule) -> float:
-    """The factor <= 1 that keeps a write within its caps, its direction unchanged."""
+def homeostasis(ctm: CTMBlock, weight: Tensor, rule: WriteRule) -> Tensor:
+    """The weight, as much shorter as its caps ask for, its direction unchanged."""
     louder = output_change(ctm, weight) / rule.cap if math.isfinite(rule.cap) else 0.0
     larger = norm_ratio(ctm, weight) / rule.norm_cap if math.isfinite(rule.norm_cap) else 0.0
-    return 1 / max(1.0, math.sqrt(louder), larger)
+    excess = max(math.sqrt(louder), larger)
+    return weight / excess if excess > 1 else weight
 
 
 def output_change(ctm: CTMBlock, weight: Tensor) -> float:
@@ -504,7 +517,7 @@ def output_change(ctm: CTMBlock, weight: Tensor) -> float:
     it is added to."""
     rows, rest = (x.cpu() for x in ctm.shared())
     own, sigma = ctm.c_proj.weight.detach().double().cpu(), ctm.key_moment.double().cpu()
-    heard = (weight @ rows.T).pow(2).sum() + (weight.pow(2) * rest).sum()
+    heard = (weight.double() @ rows.T).pow(2).sum() + (weight.double().pow(2) * rest).sum()
     return float(heard / (ctm.config.sync * ((own @ sigma) * own).sum()))
 
 
@@ -680,10 +693,10 @@ class Store:
         """What each living session adds where memory reads keys (n, S) of unit length: (sessions,
         n, D), whose sum is W_m phi(k)."""
         plastic, parts = Plastic.blank(self.model.ctm, self.rule), []
-        read = self.model.ctm.features(keys.double()).cpu()
+        read = self.model.ctm.features(keys).cpu()
         for factors, anew in zip(self.factors, self._now.anew):
             after = compact_memory(self.model.ctm, plastic, factors.rows(~anew), self.rule)
-            parts.append(read @ (after.weight - plastic.weight).T)
+            parts.append(read @ (after.weight - plastic.weight).to(read).T)
             plastic = after
         return torch.stack(parts) if parts else read.new_zeros(0, len(read), len(plastic.weight))
 

@@ -155,20 +155,20 @@ def test_the_budget_keeps_the_strongest(model):
 def test_the_write_is_the_projected_delta_rule(model):
     """Against the equations solved afresh for every token;
     and read as linear attention over the solved factors."""
-    rule = WriteRule(n0=7.0, ridge=0.1, fade=0.5, rows=torch.float64)
+    rule = WriteRule(n0=7.0, ridge=0.1, fade=0.5, wide=torch.float64)
     ctm, (D, S) = model.ctm, model.ctm.c_proj.weight.shape
     sessions = [some_factors(model, 6, seed) for seed in range(40)] # lets rounding grow, if it can
-    plastic = rough = Plastic.blank(ctm, rule)
+    single = dataclasses.replace(rule, wide=torch.float32)
+    plastic, rough = Plastic.blank(ctm, rule), Plastic.blank(ctm, single)
     for factors in sessions:
         plastic = compact_memory(ctm, plastic, factors, rule)
-        rough = compact_memory(ctm, rough, factors,
-                               dataclasses.replace(rule, rows=torch.float32))
+        rough = compact_memory(ctm, rough, factors, single)
     shared, rest = ctm.shared()
     common = rule.n0 * (shared.T @ shared + rest.diag())
     W, solved, past = torch.zeros(D, len(rest), dtype=torch.float64), [], torch.zeros_like(common)
     for factors in sessions:
         past = rule.fade * past
-        for k, v in zip(addresses(ctm, factors), factors.values.double()):
+        for k, v in zip(addresses(ctm, factors).double(), factors.values.double()):
             along = torch.linalg.solve(
                 common + rule.ridge * torch.eye(len(rest), dtype=torch.float64) + past, k)
             solved.append((along / (k @ along), v - W @ k))
@@ -182,8 +182,8 @@ def test_the_write_is_the_projected_delta_rule(model):
 
 
 def test_a_written_key_answers_a_repeated_one_adds_nothing_and_a_changed_one_replaces(model):
-    facts, rule = some_factors(model, 5), WriteRule(n0=0.0, ridge=1e-6, rows=torch.float64)
-    read = addresses(model.ctm, facts)
+    facts, rule = some_factors(model, 5), WriteRule(n0=0.0, ridge=1e-6, wide=torch.float64)
+    read = addresses(model.ctm, facts).double()
     once = compact_memory(model.ctm, Plastic.blank(model.ctm, rule), facts, rule)
     assert (read @ once.weight.T - facts.values).abs().max() < 1e-3
     twice = compact_memory(model.ctm, once, facts, rule)
@@ -218,9 +218,10 @@ def test_what_a_later_session_tells_anew_is_left_out_and_nothing_else(model):
 
 
 def test_caps_bound_the_write_and_keep_its_direction(model):
-    free = compact_memory(model.ctm, Plastic.blank(model.ctm), some_factors(model, 5), WriteRule())
-    for rule, measure in ((WriteRule(cap=0.001), output_change),
-                          (WriteRule(norm_cap=0.01), norm_ratio)):
+    exact = WriteRule(wide=torch.float64)
+    free = compact_memory(model.ctm, Plastic.blank(model.ctm, exact), some_factors(model, 5), exact)
+    for rule, measure in ((dataclasses.replace(exact, cap=0.001), output_change),
+                          (dataclasses.replace(exact, norm_cap=0.01), norm_ratio)):
         bound = compact_memory(model.ctm, Plastic.blank(model.ctm, rule), some_factors(model, 5),
                                rule)
         assert measure(model.ctm, bound.weight) == pytest.approx(
