@@ -736,8 +736,8 @@ def fine_tune_figures(s: Sample) -> dict:
                     break
             return known, tuned
         for name, rates, stops in (
-                ("fine_tune", (0.01, 0.03, 0.1, 0.3), (1,)),
-                ("fine_tune_to_95", (0.003, 0.01, 0.03), (1, 3, 10, 30, 100))):
+                ("fine_tune", (0.03, 0.1, 0.3, 1.0), (1,)),
+                ("fine_tune_to_95", (0.03, 0.1, 0.3), (1, 3, 10, 30, 100))):
             share, tuned = max((trained(lr, stops) for lr in rates), key=lambda run: run[0])
             found |= {f"{name}_{n}": share,
                       f"{name}_{n}_text_nats": text.nats(tuned[0].weight.detach()),
@@ -1517,7 +1517,7 @@ def mqar_answers(folder: Path, asked: Tensor, due: Tensor) -> float:
     return mean(right)
 
 
-RATES = (0.01, 0.03, 0.1, 0.3)
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 OPPONENTS = {"weights": (by_writing,), "retrieval": (by_retrieval, (2, 4, 8)),
              "lora_30": (by_lora(30), (0.001, 0.003, 0.01)),
              **{f"tune_{n}": (by_fine_tuning(n), RATES) for n in (1, 10, 100)},
