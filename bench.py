@@ -47,9 +47,8 @@ from tqdm import tqdm
 import configurator
 import data
 from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule,
-                    about, bearings, compact_memory, compact_sessions, dopamine, engrams, norm_ratio,
-                    output_change, read_session, salience, salience_logit,
-                    superseded)
+                    about, bearings, compact_memory, compact_sessions, dopamine, engrams,
+                    norm_ratio, output_change, read_session, salience, salience_logit, superseded)
 from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block_module,
                    coin_flips, flops_per_token, load_backbone, load_graft, mean_and_square,
                    read_tensors, replies, save_backbone, save_graft, successors)
@@ -384,8 +383,8 @@ class Mind:
 
     def ask(self, questions: list[str], plastic: Plastic | None | list[Plastic] = None,
             before: list[str] | None = None) -> list[str]:
-        """Each question in a fresh context, with one memory for all or one for each; after `before`,
-        in the same context. Nothing is carried: a question and its answer are less than a chunk."""
+        """Each question in a fresh context, with one memory for all or one for each; after
+        `before`, in the same context. Nothing is carried: a question and its answer are less than a chunk."""
         prompts = [b + data.user_turn(q)
                    for q, b in zip(questions, before or [""] * len(questions))]
         said: dict[int, str] = {}
@@ -747,8 +746,8 @@ def fine_tune_figures(s: Sample) -> dict:
 
 
 def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
-    """Reading the sessions once; then per factor 2 S^2 each for its bearings and its features, 4 F D
-    for W, and for P phi 4 F for each factor before it; and 4 S^3 once for what text shares. The
+    """Reading the sessions once; then per factor 2 S^2 each for its bearings and its features, 4 F
+    D for W, and for P phi 4 F for each factor before it; and 4 S^3 once for what text shares. The
     triangular solves within a session, n (F + D) per factor, are left out: n is a hundredth of F;
     Fourier transforms, a tenth of a feature's products, too."""
     S, (D, width) = mind.ctm.config.sync, Plastic.blank(mind.ctm).weight.shape
@@ -1801,8 +1800,8 @@ def hostile_disk(fire: Fire) -> dict:
             resource.setrlimit(resource.RLIMIT_FSIZE,
                                (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             flush = os.fsync
-            # session, its folder, snapshot, its folder, manifest: then the disk is full
-            for last in range(5):
+            # session, its folder, snapshot, its folder, W_m, manifest: then the disk is full
+            for last in range(6):
                 left = iter(range(last))
 
                 def until_full(handle: int) -> None:
@@ -1856,12 +1855,16 @@ def prices(fire: Fire, sessions: int = 1000) -> dict:
         spent = [timed(lambda: store.commit(*told))
             for told in fire.mind.told([session_text(world, world.facts(10)) for _ in range(5)])]
         size = sum(len(blob) for name, blob in files(store.folder).items()
-                   if name.endswith(".safetensors")) / len(spent)
+                   if name.startswith(("sessions", "snapshots"))) / len(spent)
     with fire.open("many") as store:  # all at once: a thousand manifests would take their time
-        store._add([({"id": "", "told_at": float(i), "tokens": n, "text_nats": [0.0, 0.0],
-                      "factors": len(f.keys)}, elsewhere(f).rounded(), s)
-                    for i in range(sessions) for f, s, n in [fire.told[i % len(fire.told)]]])
-    open_s = timed(lambda: fire.open("many", read_only=True).close())
+        told = [({"id": "", "told_at": float(i), "tokens": n, "text_nats": [0.0, 0.0],
+                  "factors": len(f.keys)}, elsewhere(f).rounded(), s)
+                for i in range(sessions) for f, s, n in [fire.told[i % len(fire.told)]]]
+        store._add(told, store._written([factors for _, factors, _ in told]))
+    def open_and_read() -> None:
+        with fire.open("many", read_only=True) as store:
+            store.plastic()
+    open_s = timed(open_and_read)
     with fire.open("many") as store:
         store.text
         retold_s = timed(lambda: store.commit(store.factors[0], *fire.told[0][1:]))

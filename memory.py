@@ -16,10 +16,10 @@ Eligibility, what a token has to tell the weights (engrams), and the write itsel
     W  <- W + (v - W f) (P f / f'P f)',   P = (n0 Sigma + ridge I + past f f')^-1
 
 No backpropagation and no optimizer: a delta rule with unit gain at its own key and the least
-disturbance of ordinary text (Sigma, second moment of its f) and of what was written before. What a later session tells anew, at nearly the same
-key, is left out (superseded). Factors (k, v) depend on the base model and the text alone, never on
-the store, so W is a function of the living sessions: forgetting one is deleting it and computing W
-again.
+disturbance of ordinary text (Sigma, second moment of its f) and of what was written before. What a
+later session tells anew, at nearly the same key, is left out (superseded). Factors (k, v) depend on
+the base model and the text alone, never on the store, so W is a function of the living sessions:
+forgetting one is deleting it and computing W again.
 
 Left out on purpose: anything a session generated itself is carried but never written; the base
 model's files never change; text is not stored; folding W into c_proj, since the two read different
@@ -344,7 +344,7 @@ class WriteRule:
     norm_cap: float = math.inf  # the same for the weights: |W_m| / |W_c| (the seeds' 0.01)
     delta: bool = True          # subtract what the memory already says there
     project: bool = True        # write through P, not along the bare key
-    near: float = 0.75  # a key as near as this to a later session's (cosine, whitened) is superseded
+    near: float = 0.75          # a key as near a later session's (cosine, whitened) is superseded
     # of W_m and all else that is F wide: half the time of fp64, which a ridge under 1e-5 asks for
     wide: torch.dtype = torch.float32
 
@@ -570,6 +570,7 @@ def why(store: "Store", said: Spoken) -> dict:
 
 FORMAT = 3                                  # of the manifest and of exported files
 BLOCK = 256
+UNFINISHED = ("memory.safetensors.new", "manifest.json.new")        # before they are put in place
 # what JSON raises that is not what it claims; ValueError: UTF-8 too
 DAMAGE = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
 
@@ -601,6 +602,8 @@ class Store:
                                             of their files and its own
         folder/sessions/ID.safetensors      Factors;  folder/snapshots/ID.safetensors  Snapshot;  no
                                             text anywhere
+        folder/memory.safetensors           W_m, so that a reader need not compute it; one that is
+                                            not as the manifest says is computed from the factors
 
     The manifest is the only commit point: files are written and flushed first, then it is replaced,
     so that a crash at any instant leaves the old store or the new one. One writer at a time
@@ -616,7 +619,8 @@ class Store:
         self.folder, self.model, self.read_only = Path(folder), model, read_only
         self.rule, self.max_drift = rule, max_drift
         self.base = f"{backbone_hash(model)}-{fingerprint(model.ctm)}"
-        self._text, self._lock, self._nats = text, None, None
+        self._text, self._lock = text, None
+        self._memory, self._nats, self._weight = None, None, None
         if self._holds_something() and not (self.folder / "manifest.json").is_file():
             raise ValueError(f"expected a memory or a new folder at {self.folder}, found other "
                              "files: choose another --memory_dir")
@@ -628,14 +632,15 @@ class Store:
         try:
             # asked again, now that nobody else can write
             if not read_only and not self._holds_something():
-                self._replace_manifest([])
-            self.entries = self._read_manifest()
+                self._replace_manifest([], None)
+            self.entries, written = self._read_manifest()
             self.dropped = self._chosen(forget) if forget else []
             self.entries = [e for e in self.entries if e not in self.dropped]
             self.factors = [self._load(e) for e in self.entries]
-            self._now = self._written(self.factors)
             if self.dropped:
-                self._replace_manifest(self.entries)
+                self._replace_manifest(self.entries, self._now)
+            else:
+                self._weight = self._read_weight(written)
             if not read_only:  # only once all that is named was found whole
                 self._remove_orphans()
         except BaseException:
@@ -644,7 +649,7 @@ class Store:
 
     def _holds_something(self) -> bool:
         return (self.folder.is_dir()
-                and any(p.name not in ("lock", "manifest.json.new") for p in self.folder.iterdir()))
+                and any(p.name not in ("lock", *UNFINISHED) for p in self.folder.iterdir()))
 
     def __enter__(self) -> "Store":
         return self
@@ -667,8 +672,18 @@ class Store:
 
     def plastic(self) -> Tensor | None:
         """W_m (D, F) fp32 on the model's device; None while nothing was ever told."""
-        return (self._now.plastic.weight.float().to(self.model.ctm.start_z.device)
-                if self.entries else None)
+        if not self.entries:
+            return None
+        unread = self._memory is not None or self._weight is None
+        weight = self._now.plastic.weight.float() if unread else self._weight
+        return weight.to(self.model.ctm.start_z.device)
+
+    @property
+    def _now(self) -> "Written":
+        """What the living sessions make, computed when somebody asks for more than W_m."""
+        if self._memory is None:
+            self._memory = self._written(self.factors)
+        return self._memory
 
     def nearest(self, about: Tensor, top_k: int = 1, half_life_s: float = 30 * 86400.0,
                 threshold: float = 0.5) -> Tensor | None:
@@ -717,19 +732,19 @@ class Store:
         if not all(torch.isfinite(x).all() for x in (*factors, *snapshot)):
             raise ValueError("expected a finite session, found values that are not: nothing is "
                              "written, the store is as before")
-        now = self._written([*self.factors, factors], self._now)
+        now = self._written([*self.factors, factors], self._memory)
         before, after = self._judged(now)
         entry = {"id": "", "told_at": time.time(), "tokens": tokens, "factors": len(factors.keys),
                  "text_nats": [round(before, 4), round(after, 4)]}
-        self._add([(entry, factors, snapshot)])
-        self._now, self._nats = now, after
+        self._add([(entry, factors, snapshot)], now)
+        self._memory, self._nats = now, after
         return entry
 
     def _judged(self, now: "Written") -> tuple[float, float]:
         """Nats of ordinary text with the memory as it is, and as it would be. ValueError where
         `max_drift` is passed."""
         if self._nats is None:
-            self._nats = self.text.nats(self._now.plastic.weight if self.entries else None)
+            self._nats = self.text.nats(self.plastic())
         before = self._nats
         after = self.text.nats(now.plastic.weight)
         if not after - before <= self.max_drift:
@@ -745,8 +760,8 @@ class Store:
         gone = self._chosen(which)
         living = [(e, f) for e, f in zip(self.entries, self.factors) if e not in gone]
         now = self._written([f for _, f in living])
-        self._replace_manifest([e for e, _ in living])
-        self.entries, self.factors, self._now, self._nats = (
+        self._replace_manifest([e for e, _ in living], now)
+        self.entries, self.factors, self._memory, self._nats = (
             [e for e, _ in living], [f for _, f in living], now, None)
         self._remove_orphans()
         return len(gone)
@@ -813,10 +828,10 @@ class Store:
             if found not in present:
                 fresh = {k: entry[k] for k in ("told_at", "tokens", "text_nats")}
                 new.append(({"id": "", **fresh, "factors": len(factors.keys)}, factors, snapshot))
-        now = self._written([*self.factors, *(f for _, f, _ in new)], self._now)
+        now = self._written([*self.factors, *(f for _, f, _ in new)], self._memory)
         _, after = self._judged(now)
-        self._add(new)
-        self._now, self._nats = now, after
+        self._add(new, now)
+        self._memory, self._nats = now, after
         return len(new)
 
     # -- the disk
@@ -853,8 +868,9 @@ class Store:
         return compact_memory(self.model.ctm, plastic, Factors(*map(torch.cat, zip(*block))),
                               self.rule)
 
-    def _add(self, sessions: list[tuple[dict, Factors, Snapshot]]) -> None:
-        """Files first, flushed; then the manifest; then memory."""
+    def _add(self, sessions: list[tuple[dict, Factors, Snapshot]], now: "Written") -> None:
+        """Files first, flushed; then the manifest; then what this object knows. now: the memory
+        that all of them make."""
         if self.read_only:
             raise ValueError("expected a store open for writing, found --memory=read-only: use "
                              "--memory=on to keep this")
@@ -872,19 +888,38 @@ class Store:
                 _write_durably(self.folder / kind / f"{entry['id']}.safetensors", blob)
                 _flush(self.folder / kind)
             entries.append(entry)
-        self._replace_manifest(entries)
+        self._replace_manifest(entries, now)
         self.entries, self.factors = entries, self.factors + [f for _, f, _ in sessions]
 
-    def _replace_manifest(self, entries: list[dict]) -> None:
+    def _replace_manifest(self, entries: list[dict], now: "Written | None") -> None:
         if self.read_only:
             raise ValueError("expected a store open for writing, found --memory=read-only: use "
                              "--memory=on to change it")
-        fresh = self.folder / "manifest.json.new"
-        _write_durably(fresh, _sealed({"format": FORMAT, "base": self.base, "sessions": entries}))
-        fresh.replace(self.folder / "manifest.json")
+        blob = to_bytes({"weight": now.plastic.weight.float()}) if entries else b""
+        about = {"format": FORMAT, "base": self.base, "sessions": entries,
+                 "memory": self._seal_of(blob)}
+        fresh, manifest = (self.folder / name for name in UNFINISHED)
+        for path, content in ((fresh, blob), (manifest, _sealed(about))):
+            _write_durably(path, content)
+        manifest.replace(self.folder / "manifest.json")
+        # a crash in between leaves a W_m that is not as the manifest says
+        fresh.replace(self.folder / "memory.safetensors")
         _flush(self.folder)
 
-    def _read_manifest(self) -> list[dict]:
+    def _seal_of(self, blob: bytes) -> str:
+        """By which W_m is known again: its file, the rule, and what it is read along."""
+        ctm = self.model.ctm
+        read = b"".join(x.cpu().numpy().tobytes() for x in (ctm.white, ctm.signs))
+        return hashlib.sha256(repr((FORMAT, self.rule)).encode() + read + blob).hexdigest()
+
+    def _read_weight(self, seal: str) -> Tensor | None:
+        """W_m as the manifest has it; None where there is none, or another."""
+        path = self.folder / "memory.safetensors"
+        right = path.is_file() and self._seal_of(path.read_bytes()) == seal
+        return read_tensors(path)[0]["weight"].clone() if right and self.entries else None
+
+    def _read_manifest(self) -> tuple[list[dict], str]:
+        """-> the living sessions, and the seal of the W_m that they make."""
         path = self.folder / "manifest.json"
         try:
             raw = path.read_bytes()
@@ -905,7 +940,7 @@ class Store:
             raise ValueError(f"{path}: expected a memory of these weights ({self.base}), found one "
                              f"of {base}: name another --memory_dir, "
                              f"or the weights it belongs to")
-        return entries
+        return entries, str(manifest.get("memory", ""))
 
     def _load(self, entry: dict) -> Factors:
         self._verify(self.folder / "snapshots" / f"{entry['id']}.safetensors",
@@ -956,7 +991,8 @@ class Store:
             for path in (self.folder / kind).glob("*") if (self.folder / kind).is_dir() else ():
                 if path.name not in living:
                     path.unlink()
-        (self.folder / "manifest.json.new").unlink(missing_ok=True)
+        for name in UNFINISHED:
+            (self.folder / name).unlink(missing_ok=True)
 
     def _take_lock(self) -> None:
         try:

@@ -4,7 +4,7 @@ first imitation of its FFN, then the tick loss.
     torchrun --nproc_per_node=2 train.py config/tiny_phase2.py
     torchrun --nproc_per_node=2 train.py config/tiny_phase2.py \
         --block=ffn --teacher=False --imitation_steps=0 \
-        --max_steps=3600 --lr=2e-3 --out_dir=out/tiny_ffn   # the control
+        --max_steps=4400 --lr=2e-3 --out_dir=out/tiny_ffn   # the control
 """
 phase = 2
 base = "out/tiny_phase1/last"

@@ -163,7 +163,7 @@ def test_a_store_that_loses_a_session_is_found_out(fire, monkeypatch):
     """The bench itself, against a store that says it has kept what it has not."""
     honest = bench.Store._replace_manifest
     monkeypatch.setattr(bench.Store, "_replace_manifest",
-                        lambda store, entries: honest(store, entries[:1]))
+                        lambda store, entries, now: honest(store, entries[:1], now))
     assert bench.killed_at_random(fire, 3, seed=5, within_s=3.0)["lost_sessions"] > 0
 
 
@@ -172,7 +172,7 @@ def test_no_lie_is_imported_and_a_full_disk_refuses(fire):
     assert (found["bad_imports"] == 20 and not found["accepted"] and not found["outside_writes"]
             and not found["bad_imports_spoiled_the_store"])
     found = bench.hostile_disk(fire)
-    for name, attempts in (("disk_full", 6), ("read_only", 1)):
+    for name, attempts in (("disk_full", 7), ("read_only", 1)):
         assert found[name] == {"refused": attempts, "attempts": attempts, "exit": 0,
                                "as_before": True}
     assert found["second_writer_refused"]

@@ -344,6 +344,27 @@ def test_what_the_sessions_add_is_what_the_memory_says(small, tmp_path):
             parts.sum(0) - small.ctm.features(keys) @ store.plastic().T).abs().max() < 1e-4
 
 
+def test_a_reader_takes_the_memory_as_it_was_written_and_computes_any_other(
+        small, tmp_path, monkeypatch):
+    with Store(tmp_path, small, max_drift=math.inf) as store:
+        for seed in range(3):
+            commit(store, seed)
+        whole = store.plastic()
+
+    def opened(**settings) -> torch.Tensor:
+        return Store(tmp_path, small, read_only=True, **settings).plastic()
+    with monkeypatch.context() as nothing:
+        nothing.setattr(Store, "_written", lambda *_: pytest.fail("computed"))
+        assert torch.equal(opened(), whole)
+    assert not torch.equal(opened(rule=WriteRule(n0=1.0)), whole)
+    file = tmp_path / "memory.safetensors"
+    for blob in (file.read_bytes()[:-9], b"", file.read_bytes()[:-1] + b"?"):
+        file.write_bytes(blob)
+        assert torch.equal(opened(), whole)
+    file.unlink()
+    assert torch.equal(opened(), whole)
+
+
 def test_read_only_never_writes_a_byte_and_needs_no_lock(small, tmp_path):
     with Store(tmp_path, small, max_drift=math.inf) as store:
         commit(store, 1)
@@ -395,7 +416,7 @@ def test_a_store_that_died_before_its_first_manifest_opens_again(small, tmp_path
     (tmp_path / "manifest.json.new").write_bytes(b"half")
     with Store(tmp_path, small) as store:
         assert store.entries == [] and store.plastic() is None
-    assert list(everything(tmp_path)) == ["manifest.json"]
+    assert list(everything(tmp_path)) == ["manifest.json", "memory.safetensors"]
 
 
 @pytest.mark.parametrize("sessions", [
