@@ -713,7 +713,7 @@ class FineTuning:
 
 def fine_tune_figures(s: Sample) -> dict:
     """One pass at the best of four learning rates, chosen for its recall on these very facts;
-    and passes until 95 % are recalled, or however many of 1 to 100 recall most, at the best of
+    and passes until 95 % are recalled, or however many of 1 to 30 recall most, at the best of
     three.
 
     N = 1: ten models with a fact each, N = 10: three with ten, N = 100: one.
@@ -739,7 +739,7 @@ def fine_tune_figures(s: Sample) -> dict:
             return best
         for name, rates, stops in (
                 ("fine_tune", (0.03, 0.1, 0.3, 1.0), (1,)),
-                ("fine_tune_to_95", (0.03, 0.1, 0.3), (1, 3, 10, 30, 100))):
+                ("fine_tune_to_95", (0.03, 0.1, 0.3), (1, 3, 10, 30))):
             best = max((trained(lr, stops) for lr in rates), key=lambda run: run[""])
             found |= {f"{name}_{n}{figure}": value for figure, value in best.items()}
     return found

@@ -387,18 +387,30 @@ def test_damaged_missing_and_foreign_weights_are_named_in_one_line(tmp_path):
 # -----------------------------------------------------------------------------
 # what memory reads
 
-def test_features_are_the_even_arc_cosine_kernel_of_whitened_keys():
-    """Over many of them: k, k' -> |x||x'| (sin + (pi / 2 - angle) cos), of x = L^-1 k."""
-    ctm = CTMBlock(8, ThoughtConfig(sync=16, head_dim=8, expand=2000), 1e-6)
-    ctm.key_moment.copy_(torch.diag(torch.linspace(0.01, 0.1, 16)))
+@pytest.mark.parametrize("size, expand", [(64, 500), (768, 7)])
+def test_features_are_the_even_arc_cosine_kernel_of_whitened_keys(size, expand):
+    """Over many of them: k, k' -> |x||x'| (sin + (pi / 2 - angle) cos), of x = L^-1 k. Half of the
+    tolerance is chance; signs and one transform fall short of it where S is small (0.1 at 16)."""
+    torch.manual_seed(0)
+    ctm = CTMBlock(8, ThoughtConfig(sync=size, head_dim=8, expand=expand), 1e-6)
+    ctm.key_moment.copy_(torch.diag(torch.linspace(0.01, 0.1, size)))
     ctm.whiten()
-    keys = torch.nn.functional.normalize(torch.randn(30, 16, dtype=torch.float64), dim=1)
+    keys = torch.nn.functional.normalize(torch.randn(30, size, dtype=torch.float64), dim=1)
     read, white = ctm.features(keys), keys @ ctm.white.double().T
     length = white.norm(dim=1)
     angle = (white @ white.T / torch.outer(length, length)).clamp(-1, 1).acos()
     kernel = torch.outer(length, length) * (angle.sin() + (math.pi / 2 - angle) * angle.cos())
     found = read @ read.T
-    assert (found / found.mean() - kernel / kernel.mean()).abs().max() < 0.1
+    assert (found / found.mean() - kernel / kernel.mean()).abs().max() < 0.04
+
+
+@pytest.mark.parametrize("size", [1, 16, 21])
+def test_keys_are_turned_by_rotations_that_differ(size):
+    ctm = CTMBlock(8, ThoughtConfig(sync=size, head_dim=8, expand=3), 1e-6)
+    turns = ctm.turned(torch.eye(size, dtype=torch.float64)).T.split(size)
+    for turn in turns:
+        assert torch.allclose(turn @ turn.T, torch.eye(size, dtype=torch.float64))
+    assert size == 1 or not torch.equal(turns[0], turns[1])
 
 
 def test_moments_of_features_are_those_of_normal_keys():
