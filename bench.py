@@ -384,7 +384,8 @@ class Mind:
     def ask(self, questions: list[str], plastic: Plastic | None | list[Plastic] = None,
             before: list[str] | None = None) -> list[str]:
         """Each question in a fresh context, with one memory for all or one for each; after
-        `before`, in the same context. Nothing is carried: a question and its answer are less than a chunk."""
+        `before`, in the same context. Nothing is carried on the way: a question and its answer are
+        about a chunk, and what stands in the prompt is in sight."""
         prompts = [b + data.user_turn(q)
                    for q, b in zip(questions, before or [""] * len(questions))]
         said: dict[int, str] = {}
@@ -895,8 +896,8 @@ def sample_of(seed: int) -> tuple[Sample, tuple]:
 
 def untrained_recall(s: Sample) -> float:
     """The same 100 facts written into the block as phase 2 left it, which nothing taught salience,
-    strength or Sigma: every token counts, at the trained block's strength, Sigma is measured on
-    training text, and what all questions share is not protected."""
+    strength or Sigma: every token counts, at the trained block's strength, and Sigma is measured on
+    training text."""
     before = Mind(thinking, threshold=0.0, budget=1000)
     before.ctm.log_eta.data.copy_(s.mind.ctm.log_eta + math.log(2))   # its salience is one half
     keys = before.model(before.ctm.ordinary).key.flatten(0, 1)

@@ -29,6 +29,7 @@ Widrow & Hoff 1960 for the rule.
 Letters: B batch, T tokens, S sync channels, F features, D width, C carry chunk, n tokens of one
 call or factors of one session.
 """
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -42,7 +43,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save as to_bytes
+from safetensors.torch import load as from_bytes, save as to_bytes
 from torch import Tensor
 
 from model import (Cache, CTMBlock, NanoCTM, Spoken, Thought, backbone_hash, fingerprint,
@@ -418,7 +419,8 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
     so the delta rule is one triangular solve more. ValueError, and nothing written, when anything
     is not finite.
     """
-    keys, weight = addresses(ctm, factors).to(rule.wide), plastic.weight
+    weight = plastic.weight
+    keys = addresses(ctm, factors).to(weight)
     values = factors.values.double().cpu()
     if plastic.free is None:
         raise ValueError("expected a memory with its free key space, found W_m alone: it can be "
@@ -426,7 +428,7 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
     same, free = torch.eye(len(keys), dtype=torch.float64), faded(ctm, plastic.free, rule)
     toward = free.along(keys)                                       # (n, F)
     root, flawed = torch.linalg.cholesky_ex(same + keys @ toward.T)
-    toward = torch.linalg.solve_triangular(root, same, upper=False).to(rule.wide) @ toward
+    toward = torch.linalg.solve_triangular(root, same, upper=False).to(weight) @ toward
     gain = root.diagonal() / (root.diagonal() ** 2 - 1)
     if rule.delta:  # what earlier sessions, and earlier tokens, say there already
         told = root * gain if rule.project else (keys @ keys.T).double()
@@ -436,7 +438,7 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
         values, along = values * gain[:, None], toward
     else:
         along = keys
-    weight = homeostasis(ctm, torch.addmm(weight, values.T.to(rule.wide), along), rule)
+    weight = homeostasis(ctm, torch.addmm(weight, values.T.to(weight), along), rule)
     if flawed or not torch.isfinite(weight.sum()):  # of all at once: faster than each
         raise ValueError("expected a finite memory, found one that is not: the session is not "
                          "written, all others are as before")
@@ -460,7 +462,7 @@ def faded(ctm: CTMBlock, room: Room, rule: WriteRule) -> Room:
     taken = (past @ rows.T) @ (past @ rows.T).T + (past * (rest + rule.ridge)) @ past.T
     left = torch.eye(len(past)).to(past) - (1 - rule.fade) * taken
     return room._replace(past=(math.sqrt(rule.fade) * torch.linalg.solve_triangular(
-        torch.linalg.cholesky(left), past, upper=False).to(rule.wide),))
+        torch.linalg.cholesky(left), past, upper=False).to(room.free),))
 
 
 def bearings(ctm: CTMBlock, factors: Factors) -> Tensor:
@@ -748,7 +750,7 @@ class Store:
         before = self._nats
         after = self.text.nats(now.plastic.weight)
         if not after - before <= self.max_drift:
-            raise ValueError("expected what is told to cost ordinary text at most "
+            raise ValueError("expected sessions that cost ordinary text at most "
                              f"{self.max_drift} nats, found {after - before:+.2f} "
                              f"({before:.2f} to {after:.2f}): nothing is written; raise "
                              "--max_drift to insist")
@@ -901,13 +903,16 @@ class Store:
         fresh, manifest = (self.folder / name for name in UNFINISHED)
         for path, content in ((fresh, blob), (manifest, _sealed(about))):
             _write_durably(path, content)
+        # before what is forgotten is gone from the manifest, it is gone from W_m
+        (self.folder / "memory.safetensors").unlink(missing_ok=True)
         manifest.replace(self.folder / "manifest.json")
-        # a crash in between leaves a W_m that is not as the manifest says
-        fresh.replace(self.folder / "memory.safetensors")
+        with contextlib.suppress(OSError):  # the session is kept; its W_m will be computed again
+            fresh.replace(self.folder / "memory.safetensors")
         _flush(self.folder)
 
     def _seal_of(self, blob: bytes) -> str:
-        """By which W_m is known again: its file, the rule, and what it is read along."""
+        """By which W_m is known again: its file, the rule, what it is read along, and FORMAT, to be
+        raised when the same rule comes to mean another W_m."""
         ctm = self.model.ctm
         read = b"".join(x.cpu().numpy().tobytes() for x in (ctm.white, ctm.signs))
         return hashlib.sha256(repr((FORMAT, self.rule)).encode() + read + blob).hexdigest()
@@ -915,8 +920,8 @@ class Store:
     def _read_weight(self, seal: str) -> Tensor | None:
         """W_m as the manifest has it; None where there is none, or another."""
         path = self.folder / "memory.safetensors"
-        right = path.is_file() and self._seal_of(path.read_bytes()) == seal
-        return read_tensors(path)[0]["weight"].clone() if right and self.entries else None
+        blob = path.read_bytes() if path.is_file() else b""
+        return from_bytes(blob)["weight"] if blob and self._seal_of(blob) == seal else None
 
     def _read_manifest(self) -> tuple[list[dict], str]:
         """-> the living sessions, and the seal of the W_m that they make."""

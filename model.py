@@ -530,8 +530,9 @@ class CTMBlock(nn.Module):
             return self.turned(k @ self.white.to(k.dtype).T).abs()
 
     def turned(self, x: Tensor) -> Tensor:
-        """x (..., S) -> (..., F): F / S random rotations, each a flip of signs and a Hartley
-        transform, as fast as an FFT (after orthogonal random features, arXiv:1610.09072)."""
+        """x (..., S) -> (..., F): F / S rotations, each a random flip of signs and a Hartley
+        transform, as fast as an FFT (after orthogonal random features, arXiv:1610.09072, which do
+        it three times; for S of 64 and more once is as good, LOG.md)."""
         return hartley(x[..., None, :] * self.signs.to(x.dtype)).flatten(-2)
 
     @torch.no_grad()
@@ -566,8 +567,9 @@ class CTMBlock(nn.Module):
         if not self.config.expand:
             return (torch.linalg.cholesky(moment.double() + 1e-8 * same).T,
                     torch.zeros_like(moment[0], dtype=torch.float64))
-        seen = self.white @ moment @ self.white.T
-        power = (self.turned(seen) * self.turned(same)).sum(0).double()         # s^2, (F,)
+        with torch.autocast(moment.device.type, enabled=False):
+            seen = self.white @ moment @ self.white.T
+            power = (self.turned(seen) * self.turned(same)).sum(0).double()     # s^2, (F,)
         return (power * (2 / math.pi)).sqrt()[None], power * (1 - 2 / math.pi)
 
     @torch.no_grad()

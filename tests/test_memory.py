@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from conftest import randomised, same, some_memory, some_tokens
 from memory import (Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, _sealed,
-                    addresses, bearings, compact_memory, compact_sessions, engrams, norm_ratio,
-                    output_change, read_session, superseded)
+                    addresses, bearings, compact_memory, compact_sessions, engrams, lens,
+                    norm_ratio, output_change, read_session, superseded)
 from model import Cache, generate
 
 ROOT = Path(__file__).parent.parent
@@ -363,6 +363,44 @@ def test_a_reader_takes_the_memory_as_it_was_written_and_computes_any_other(
         assert torch.equal(opened(), whole)
     file.unlink()
     assert torch.equal(opened(), whole)
+
+
+def test_a_crash_while_forgetting_leaves_nothing_of_it_and_loses_nothing_else(
+        small, tmp_path, monkeypatch):
+    with Store(tmp_path, small, max_drift=math.inf) as store:
+        gone = commit(store, 1)["id"]
+        commit(store, 2)
+        before = (tmp_path / "memory.safetensors").read_bytes()
+        with monkeypatch.context() as power:
+            power.setattr(Path, "replace", lambda *_: 1 / 0)        # the next rename never comes
+            with pytest.raises(ZeroDivisionError):
+                store.forget(gone)
+    assert before not in everything(tmp_path).values()
+    with Store(tmp_path, small, max_drift=math.inf) as store:
+        assert len(store.entries) == 2                              # the manifest is as it was
+        store.forget(gone)
+        alone = store.plastic()
+    assert torch.equal(Store(tmp_path, small, read_only=True).plastic(), alone)
+
+
+def test_what_text_costs_is_judged_against_the_memory_as_it_stands(small, tmp_path):
+    def fresh() -> float:
+        with Store(tmp_path, small, read_only=True) as reader:
+            return round(reader.text.nats(reader.plastic()), 4)
+    with Store(tmp_path, small, max_drift=math.inf) as store:
+        first = commit(store, 1)
+        for act in (lambda: None, lambda: store.forget(first["id"]), lambda: commit(store, 3)):
+            act()
+            before = fresh()
+            assert commit(store, 2)["text_nats"] == [before, fresh()]
+
+
+def test_keys_whitened_anew_leave_another_room(small):
+    before = lens(small.ctm, WriteRule()).free
+    small.ctm.key_moment.mul_(2)
+    assert torch.equal(lens(small.ctm, WriteRule()).free, before)
+    small.ctm.whiten()
+    assert not torch.equal(lens(small.ctm, WriteRule()).free, before)
 
 
 def test_read_only_never_writes_a_byte_and_needs_no_lock(small, tmp_path):

@@ -426,6 +426,8 @@ def test_moments_of_features_are_those_of_normal_keys():
     measured = read.T @ read / len(read)
     assert (measured - moment).diagonal().abs().max() < 0.03 * moment.diagonal().max()
     assert (measured - moment).norm() < 0.04 * moment.norm()        # rho^2 / 2 is left out
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, ctm.shared(), (rows, rest)))
     assert (read.pow(2).sum(1).mean() + due.pow(2).sum(1).mean()) / 2 == pytest.approx(1, rel=0.01)
 
 
