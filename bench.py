@@ -205,7 +205,7 @@ def cost_table(backbone: BackboneConfig, thought: ThoughtConfig) -> list[dict]:
 
 
 def cpu_seconds(work, times: int = 3) -> float:
-    """The best of three: CPU time, since wall time belongs to whoever else is on the machine."""
+    """The best of so many: CPU time, since wall time belongs to whoever else is on the machine."""
     taken = []
     for _ in range(times):
         begin = time.process_time()
@@ -616,16 +616,18 @@ def own_guess(mind: Mind, world: data.FactWorld, fact: data.Fact) -> Factors:
 
 
 def capacity_figures(mind: Mind, world: data.FactWorld) -> dict:
-    """Recall of 100 of the facts told so far, in sessions of 10, as they become more."""
+    """Recall of 100 of the facts told so far, in sessions of 10, as they become more; of the most
+    also with nothing that was written before protected."""
     S = mind.ctm.config.sync
     most = len(world.names) * len(data.RELATIONS)                   # all that can be said of people
     sizes = sorted({min(n, most) for n in (S // 8, S // 4, S // 2, S, 2 * S, 4 * S)})
     facts, found = world.population(sizes[-1]), {}
     left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
     for n in sizes:
-        found[f"capacity_{n}"] = mind.recall(
-            world, world.rng.sample(facts[:n], min(n, 100)), mind.write(left[:-(-n // 10)]))
-    return found
+        some = world.rng.sample(facts[:n], min(n, 100))
+        found[f"capacity_{n}"] = mind.recall(world, some, mind.write(left[:-(-n // 10)]))
+    unprotected = Plastic(compact_sessions(mind.ctm, left, WriteRule(fade=0.0)).weight)
+    return found | {"past_unprotected": mind.recall(world, some, unprotected)}
 
 
 # -- the other arms, on the same facts
@@ -941,7 +943,7 @@ def memory() -> dict:
     return more | {
         "recall": recall,
         "capacity": {k[9:]: x for k, x in v.items() if k.startswith("capacity_")},
-        "changed_fact": v["changed"], "old_fact": v["old"], "negation_false": v["negation"],
+        "past_unprotected": v["past_unprotected"], "changed_fact": v["changed"], "old_fact": v["old"], "negation_false": v["negation"],
         "told_three_times": {"recall": v["retold"], "text": v["retold_text"]},
         "nothing_superseded": {"changed_fact": v["changed_all_kept"], "old_fact": v["old_all_kept"],
                                "told_three_times": {"recall": v["retold_all_kept"],

@@ -547,7 +547,8 @@ def apply_moment(moment: torch.Tensor, key: torch.Tensor, before: int, world: in
 @torch.no_grad()
 def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str) -> None:
     """Once the block is trained: both second moments anew, on `moment_batches` of training
-    material. A write finds its way around what they hold, so keys they have too few of are disturbed."""
+    material. A write finds its way around what they hold, so keys they have too few of are
+    disturbed."""
     moments = model.ctm.key_moment, model.ctm.due_moment
     sums, counts = [torch.zeros_like(m, dtype=torch.float64) for m in moments], [0, 0]
 
