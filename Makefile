@@ -46,9 +46,9 @@ test: .venv/installed
 tiny: .venv/installed
 	$(RUN) data.py --train_vocab=2048 --tokenizer=out/tokenizer --out=data/tiny
 	$(TRAIN) config/tiny_phase1.py
+	$(TRAIN) config/tiny_phase2.py --block=ffn --teacher=False --ffn= --out_dir=out/tiny_ffn --imitation_steps=0 --max_steps=4400 --lr=2e-3
 	$(TRAIN) config/tiny_phase2.py
 	$(TRAIN) config/tiny_phase3.py
-	$(TRAIN) config/tiny_phase2.py --block=ffn --teacher=False --out_dir=out/tiny_ffn --imitation_steps=0 --max_steps=4400 --lr=2e-3
 	$(RUN) bench.py card
 
 bench: .venv/installed

@@ -108,6 +108,7 @@ contrast_weight = 1.0       # key where a fact was told against key where it is 
 contrast_scale = 15.0       # of the cosines
 reading_weight = 3.0        # squared error of facts read: by its question 1, by others, strangers 0
 teacher = False             # phases 2, 3: without a carry, the FFN and the text teach half and half
+ffn = ""                    # this FFN: a file of --block=ffn; "": the base's own
 locality_weight = 1.0       # KL on text and on people never told of, with and without the memory
 salience_weight = 0.5       # cross-entropy of salience with being a value that may be asked for
 baseline_rate = 0.01        # of the running mean and variance of y_out
@@ -173,6 +174,12 @@ def build_model() -> NanoCTM:
              else load_backbone(base, thought=thought_config(), block=block))
     if phase == 3:
         model.ctm.log_eta.data.fill_(math.log(write_strength))
+    if ffn:
+        trained = load_graft(base, Path(ffn))
+        if trained.block != "ffn":
+            raise ValueError(f"expected in ffn what --block=ffn trained, found a {trained.block} "
+                             f"block in {ffn}: see `make tiny`, or leave it empty")
+        model.backbone.layers[-1].mlp.load_state_dict(block_module(trained).state_dict())
     model.requires_grad_(False)
     block_module(model).float().requires_grad_(True)
     return model
@@ -696,7 +703,8 @@ def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, conf
                          f"{state['config'].get(changed[0])!r}: resume with the same config")
     saved = (load_backbone(str(folder)) if phase == 1
              else load_graft(base, folder / "graft.safetensors"))
-    model.load_state_dict(saved.state_dict())
+    part = (lambda m: m) if phase == 1 else block_module            # what a run teaches and keeps
+    part(model).load_state_dict(part(saved).state_dict())
     (moments, _), own = read_tensors(folder / "optimizer.safetensors"), optimizer.state_dict()
     if model.ctm:
         whitened = tuple(moments.pop(f"whitened.{i}", None) for i in (0, 1))
@@ -781,9 +789,9 @@ def check_settings() -> None:
     if phase == 3 and block != "ctm":
         raise ValueError(f"expected block 'ctm' in phase 3, found {block!r}: "
                          "only the CTM block has keys to write to")
-    if teacher and (phase == 1 or block != "ctm"):
-        raise ValueError("expected teacher only where a CTM block learns, "
-                         f"found phase {phase} with block {block!r}: set --teacher=False")
+    if (teacher or ffn) and (phase == 1 or block != "ctm"):
+        raise ValueError("expected teacher and ffn only where a CTM block learns, "
+                         f"found phase {phase} with block {block!r}: set --teacher=False --ffn=")
     if other_tick not in ("any", "best"):
         raise ValueError(f"expected other_tick 'any' or 'best', found {other_tick!r}: "
                          "choose one of the two")

@@ -1,10 +1,10 @@
 """The CTM block learns to think in the last layer of the tiny backbone:
-first imitation of its FFN, then the tick loss.
+first imitation of an FFN, then the tick loss.
 
     torchrun --nproc_per_node=2 train.py config/tiny_phase2.py
     torchrun --nproc_per_node=2 train.py config/tiny_phase2.py \
-        --block=ffn --teacher=False --imitation_steps=0 \
-        --max_steps=4400 --lr=2e-3 --out_dir=out/tiny_ffn   # the control
+        --block=ffn --teacher=False --ffn= --imitation_steps=0 \
+        --max_steps=4400 --lr=2e-3 --out_dir=out/tiny_ffn   # before it: the control, its teacher
 """
 phase = 2
 base = "out/tiny_phase1/last"
@@ -21,9 +21,10 @@ nlm_hidden = 4
 unet_step = 64
 block_head_dim = 64
 thinking_share = 0.375      # 96 of 256
-max_steps = 2400
-teacher = True              # the text, and what its FFN would say, half and half
-imitation_steps = 500
+max_steps = 2900
+teacher = True              # the text, and what this FFN would say, half and half
+ffn = "out/tiny_ffn/last/graft.safetensors"
+imitation_steps = 800
 lr = 5e-3
 min_lr = 1e-4
 eval_interval = 400

@@ -185,11 +185,20 @@ def test_the_control_of_phase_3_never_trains_through_the_write(grafted):
     assert not torch.equal(before["synapse.down.0.weight"], after["synapse.down.0.weight"])
 
 
-def test_the_control_trains_the_layers_own_ffn(world):
-    run = phase2(world, "ffn", "--block=ffn")
-    assert run.returncode == 0, run.stderr
+def test_the_control_trains_the_layers_own_ffn_and_may_teach_the_block(grafted):
+    world, taught = grafted, "--ffn={}/ffn/last/graft.safetensors".format(grafted)
+    for out, extra in (("ffn", ["--block=ffn", "--lr=0.1"]), ("t1", ["--teacher", taught]),
+                       ("t2", ["--teacher", taught, "--stop_at=4"]),
+                       ("t2", ["--teacher", taught, "--resume"]), ("own", ["--teacher"])):
+        run = phase2(world, out, *extra)
+        assert run.returncode == 0, run.stderr
     assert load_file(world / "ffn/last/graft.safetensors").keys() == {
         f"{n}_proj.weight" for n in ("up", "gate", "down")}
+    same = [same_files(world / "t1/last/graft.safetensors", world / out / "last/graft.safetensors")
+            for out in ("t2", "own")]
+    assert same == [True, False]
+    run = phase2(world, "no ffn", f"--ffn={world}/g1/last/graft.safetensors")
+    assert run.returncode == 1 and "expected in ffn what --block=ffn trained" in run.stderr
 
 
 BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Hugging Face name"),
@@ -204,7 +213,8 @@ BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Huggi
        ("--phase=3", "--graft=out/tiny_phase2"),
        ("--write_rule=product", "expected write_rule 'sum' or 'solved'"),
        ("--B=0", "expected B of at least 1"),
-       ("--teacher=True --block=ffn", "expected teacher only where"),
+       ("--teacher=True --block=ffn", "expected teacher and ffn only where"),
+       ("--ffn=nowhere", "expected weights at nowhere"),
        ("--device=gpu", "expected device cpu")]
 
 
