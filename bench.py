@@ -49,9 +49,10 @@ import data
 from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule,
                     about, bearings, compact_memory, compact_sessions, dopamine, engrams,
                     norm_ratio, output_change, read_session, salience, salience_logit, superseded)
-from model import (BackboneConfig, Cache, NanoCTM, ThoughtConfig, Thought, block_module,
+from model import (BackboneConfig, Cache, CTMBlock, NanoCTM, ThoughtConfig, Thought, block_module,
                    coin_flips, flops_per_token, load_backbone, load_graft, mean_and_square,
                    read_tensors, replies, save_backbone, save_graft, successors)
+from train import measure_moments
 
 # -----------------------------------------------------------------------------
 # settings
@@ -409,6 +410,28 @@ def expanded(mind: Mind, expand: int) -> Mind:
     ctm.config = replace(ctm.config, expand=expand)
     ctm.signs = coin_flips(expand, ctm.config.sync)
     ctm.whiten()
+    return mind
+
+
+def doubled(words: data.Tokenizer) -> Mind:
+    """The block with as many pairs of neurons again, drawn by chance and never trained: memory
+    reads them all, c_proj, the query and salience the old ones alone. What keys show on text and on
+    facts is measured anew, as phase 3 does at its end."""
+    mind, (docs, _) = Mind(), data.split_documents(data.tiny_documents())
+    known, S = mind.ctm, mind.ctm.config.sync
+    wide = CTMBlock(len(known.start_z), replace(known.config, sync=2 * S), known.eps)
+    state = wide.requires_grad_(False).state_dict()                 # its tensors, not copies
+    for name, value in known.state_dict().items():
+        if name in ("c_proj.weight", "q_proj.weight", "salience_weight"):
+            state[name].zero_()
+        state[name][*map(slice, value.shape)] = value
+    mind.model.ctm = mind.ctm = wide.eval()
+    text = np.array(words.encode("".join(d + "<|endoftext|>" for d in docs)))
+    mixture = data.Mixture(words, text, T, 0.7, 0.15, 0, "train", 0)
+    seen, square = mean_and_square(
+        mind.model.ticks(*mind.model.trunk(torch.from_numpy(mixture.batch(rows, 0)[0]))))
+    wide.baseline[:, S:], wide.variance[:, S:] = seen[:, S:], (square - seen ** 2)[:, S:]
+    measure_moments(mind.model, mixture, "cpu")
     return mind
 
 
@@ -943,7 +966,8 @@ def memory() -> dict:
     return more | {
         "recall": recall,
         "capacity": {k[9:]: x for k, x in v.items() if k.startswith("capacity_")},
-        "past_unprotected": v["past_unprotected"], "changed_fact": v["changed"], "old_fact": v["old"], "negation_false": v["negation"],
+        "past_unprotected": v["past_unprotected"],
+        "changed_fact": v["changed"], "old_fact": v["old"], "negation_false": v["negation"],
         "told_three_times": {"recall": v["retold"], "text": v["retold_text"]},
         "nothing_superseded": {"changed_fact": v["changed_all_kept"], "old_fact": v["old_all_kept"],
                                "told_three_times": {"recall": v["retold_all_kept"],
@@ -1203,6 +1227,11 @@ def ablation_figures(s: Sample) -> dict:
                        "weight norm at most 1 %": WriteRule(norm_cap=0.01),
                        "nothing superseded": WriteRule(near=math.inf)}.items():
         note(name, compact_sessions(mind.ctm, s.factors, rule))
+    again = mind.factors([session_text(s.world, part) for _ in range(2)
+                          for part in batches(s.facts, 10)])
+    for name, delta in (("told three times, nothing superseded", True), ("... no delta", False)):
+        note(name, compact_sessions(mind.ctm, s.factors + again,
+                                    WriteRule(near=math.inf, delta=delta)))
     loud = [f._replace(values=f.values / f.dopamine[:, None]) for f in s.factors]
     note("no dopamine", mind.write(loud))
     note("no weight of salience",
@@ -1218,6 +1247,10 @@ def ablation_figures(s: Sample) -> dict:
                        mind.ctm.due_moment * torch.outer(half, half)))
     narrow.ctm.white.mul_(half)
     note("half of S", narrow.write(s.factors), narrow, OrdinaryText(narrow.model, s.windows[:8]))
+    wide = doubled(s.mind.words)
+    text = OrdinaryText(wide.model, s.windows[:8])
+    note("twice S, the new half untrained", wide.write(wide.factors(s.texts[10])), wide, text,
+         text.nats(None))
     for expand in (0, 1, 3, 12):
         other = expanded(Mind(), expand)
         note(f"F = {expand} S" if expand else "along the key itself, no features",

@@ -156,11 +156,9 @@ class SessionMemory:
     """The carry of several sessions side by side, and what they leave; owned by the caller.
 
         session = SessionMemory(model, rows=len(tokens))
-        thought = session.read(tokens, Cache(), plastic)            # any length; the last token
-            waits for its successor
-        thought = session.read(reply, thought.cache, plastic, own=1)        # said by the model
-            itself: never eligible
-        factors = session.close()                                   # one Factors per row
+        thought = session.read(tokens, Cache(), plastic)    # the last token waits for its successor
+        thought = session.read(reply, thought.cache, plastic, own=1)  # own words: never eligible
+        factors = session.close()                           # one Factors per row
 
     The model itself only ever sees `m` (B, 2, S). With gradients on, they flow through m across
     chunks.
@@ -245,25 +243,25 @@ class SessionMemory:
         self._take_in(Lived.of(thought), next_tokens, nothing if eligible is None else eligible)
 
     def _take_in(self, lived: Lived, next_tokens: Tensor, eligible: Tensor) -> None:
-        if int((self.filled + lived.real.sum(1)).max()) > self.chunk:
+        real = lived.real.long()
+        n = real.sum(1)
+        if int((self.filled + n).max()) > self.chunk:
             raise ValueError(f"expected at most {self.room()} more tokens in this chunk of "
-                             f"{self.chunk}, found "
-                             f"{next_tokens.shape[1]}: observe a session chunk by chunk")
+                             f"{self.chunk}, found {next_tokens.shape[1]}: observe a session chunk "
+                             "by chunk")
         ctm, known = self.model.ctm, (next_tokens >= 0) & lived.real
         _, surprise = self.model.score(lived.hidden, next_tokens.clamp(min=0))
         reward = dopamine(surprise, ctm.mean_surprise)
         if not torch.isfinite(lived.delta_alpha).all() or not torch.isfinite(surprise).all():
             raise ValueError("expected finite activations, found some that are not: the session "
                              "ends here and nothing of it is written")
-        real = lived.real.long()
         after = real.flip(1).cumsum(1).flip(1) - real  # (B, n) tokens lived since, within this call
         share = (reward * known)[:, :, None, None] * ctm.gamma(after)
-        fade = ctm.gamma(real.sum(1))
+        fade = ctm.gamma(n)
         self.alpha = fade * self.alpha + (share * lived.delta_alpha).sum(1)
         self.beta = fade * self.beta + (share * lived.delta_beta).sum(1)
         self._mark(lived, next_tokens, eligible & known, surprise, reward)
-        self.filled = self.filled + lived.real.sum(1)
-        self.position = self.position + lived.real.sum(1)
+        self.filled, self.position = self.filled + n, self.position + n
         self._renew(self.filled == self.chunk)
 
     @torch.no_grad()
@@ -303,11 +301,9 @@ class SessionMemory:
     def _bounded(self, pieces: list[Marked]) -> Factors:
         ctm, device = self.model.ctm, self.m.device
         if not pieces:
-            empty = torch.zeros(0, device=device)
-            none = torch.zeros(0, dtype=torch.long, device=device)
-            return Factors(torch.zeros(0, ctm.config.sync, device=device),
-                           torch.zeros(0, len(ctm.start_z), device=device),
-                           empty, empty, empty, none, none)
+            (D, S), none = ctm.c_proj.weight.shape, torch.zeros(0, device=device)
+            return Factors(none.view(0, S), none.view(0, D), none, none, none, none.long(),
+                           none.long())
         whole = Marked(*map(torch.cat, zip(*pieces)))
         weight = whole.salience * whole.dopamine
         strongest = weight.topk(min(self.budget, len(weight))).indices.sort().values
@@ -552,19 +548,27 @@ class OrdinaryText:
         return float(thought.nats.nanmean())
 
 
-def why(store: "Store", said: Spoken) -> dict:
-    """Who made the model say this (one row): an exact split of the token's logit at the tick read.
+def why(store: "Store", said: list[Spoken]) -> list[dict]:
+    """Who made the model say these tokens (one row): an exact split of each one's logit at the tick
+    read.
 
-    logit = E[token] . (g h / rms(h)), and h is what was thought without a memory plus W_session k
-    of each session: over one rms, that is a sum. -> {"logit", "by_itself", "sessions": {id:
-    share}}, in logits.
+    logit = E[token] . (g h / rms(h)), and h is what was thought without a memory plus what each
+    session adds: over one rms, that is a sum. -> {"logit", "by_itself", "sessions": {id: share}},
+    in logits.
     """
-    backbone, heard = store.model.backbone, said.hidden[0].double()
-    gain = (backbone.norm.weight * backbone.embed_tokens.weight[int(said.token)]).double()
-    read = gain * torch.rsqrt(heard.pow(2).mean() + backbone.norm.eps)
-    parts = store.told_by(said.key / math.sqrt(said.key.shape[-1]))[:, 0].to(read)
-    return {"logit": float(heard @ read), "by_itself": float(said.unaided[0].double() @ read),
-            "sessions": {e["id"]: float(part @ read) for e, part in zip(store.entries, parts)}}
+    if not said:
+        return []
+    backbone, root, splits = store.model.backbone, math.sqrt(said[0].key.shape[-1]), []
+    parts = store.told_by(torch.cat([s.key for s in said]) / root).double()     # (sessions, n, D)
+    for i, s in enumerate(said):
+        heard = s.hidden[0].double()
+        gain = (backbone.norm.weight * backbone.embed_tokens.weight[int(s.token)]).double()
+        read = gain * torch.rsqrt(heard.pow(2).mean() + backbone.norm.eps)
+        shares = (parts[:, i].to(read) @ read).tolist()
+        splits.append({"logit": float(heard @ read),
+                       "by_itself": float(s.unaided[0].double() @ read),
+                       "sessions": dict(zip((e["id"] for e in store.entries), shares))})
+    return splits
 
 
 # -----------------------------------------------------------------------------
@@ -614,8 +618,8 @@ class Store:
     """
 
     def __init__(self, folder: str | Path, model: NanoCTM, read_only: bool = False,
-                 rule: WriteRule = WriteRule(),
-                 max_drift: float = 0.5, text: OrdinaryText | None = None, forget: str = ""):
+                 rule: WriteRule = WriteRule(), max_drift: float = 0.5,
+                 text: OrdinaryText | None = None, forget: str = ""):
         """forget: sessions to drop unread, damaged ones too: an id, an unambiguous beginning of it,
         or "all"."""
         self.folder, self.model, self.read_only = Path(folder), model, read_only
@@ -635,10 +639,7 @@ class Store:
             # asked again, now that nobody else can write
             if not read_only and not self._holds_something():
                 self._replace_manifest([], None)
-            self.entries, written = self._read_manifest()
-            self.dropped = self._chosen(forget) if forget else []
-            self.entries = [e for e in self.entries if e not in self.dropped]
-            self.factors = [self._load(e) for e in self.entries]
+            written = self._read_all(forget)
             if self.dropped:
                 self._replace_manifest(self.entries, self._now)
             else:
@@ -648,6 +649,21 @@ class Store:
         except BaseException:
             self.close()
             raise
+
+    def _read_all(self, forget: str) -> str:
+        """Manifest and sessions, but for those to forget; -> the seal of the W_m they make. Where a
+        writer has replaced the manifest meanwhile, a reader begins again."""
+        self.entries, written = manifest = self._read_manifest()
+        self.dropped = self._chosen(forget) if forget else []
+        self.entries = [e for e in self.entries if e not in self.dropped]
+        try:
+            pairs = [(self._read(Factors, e), self._read(Snapshot, e)) for e in self.entries]
+        except ValueError:
+            if self.read_only and self._read_manifest() != manifest:
+                return self._read_all(forget)
+            raise
+        self.factors = [factors for factors, _ in pairs]
+        return written
 
     def _holds_something(self) -> bool:
         return (self.folder.is_dir()
@@ -692,7 +708,7 @@ class Store:
         """m (1, 2, S) to warm-start a session that begins like `about` (D,): the mean over the
         nearest snapshots, weighted by the softmax of cosine similarity x 2^(-age / half-life); None
         when nothing is as near as the threshold."""
-        snapshots = [self._read_snapshot(e) for e in self.entries]
+        snapshots = [self._read(Snapshot, e) for e in self.entries]
         if not snapshots:
             return None
         near = torch.stack([torch.cosine_similarity(s.about, about.float().cpu(), dim=0)
@@ -791,11 +807,10 @@ class Store:
         """Write all living sessions into one safetensors file; -> how many."""
         tensors = {}
         for i, (entry, factors) in enumerate(zip(self.entries, self.factors)):
-            tensors |= {f"{i}.factors.{k}": v for k, v in factors._asdict().items()}
-            tensors |= {f"{i}.snapshot.{k}": v
-                        for k, v in self._read_snapshot(entry)._asdict().items()}
+            for name, part in (("factors", factors), ("snapshot", self._read(Snapshot, entry))):
+                tensors |= {f"{i}.{name}.{k}": v.contiguous() for k, v in part._asdict().items()}
         about = {"format": str(FORMAT), "base": self.base, "sessions": json.dumps(self.entries)}
-        _write_durably(Path(file), to_bytes({k: v.contiguous() for k, v in tensors.items()}, about))
+        _write_durably(Path(file), to_bytes(tensors, about))
         return len(self.entries)
 
     def import_from(self, file: str | Path) -> int:
@@ -803,27 +818,25 @@ class Store:
         -> how many were new. All or nothing."""
         tensors, about = read_tensors(Path(file))
         if (not about.get("format", "").isdigit() or int(about["format"]) > FORMAT
-            or "sessions" not in about):
+                or "sessions" not in about):
             raise ValueError(f"{file}: expected an exported memory of format {FORMAT}, found "
-                             f"{about.get('format')!r}: "
-                             f"export it with this version, or update")
+                             f"{about.get('format')!r}: export it with this version, or update")
         if about.get("base") != self.base:
             raise ValueError(f"{file}: expected a memory of these weights ({self.base}), found one "
-                             f"of {about.get('base')}: keys of "
-                             f"another model mean nothing here")
-        try:
-            # TypeError for anything but a list
+                             f"of {about.get('base')}: keys of another model mean nothing here")
+        try:                                                        # list.copy: nothing but a list
             entries = [_checked_entry(e) for e in list.copy(json.loads(about["sessions"]))]
         except DAMAGE as e:
             raise ValueError(f"{file}: expected the list of its sessions, found a damaged one "
                              f"({type(e).__name__}): export it again") from None
         new, present = [], {(e["sha256"], e["snapshot_sha256"]) for e in self.entries}
         for i, entry in enumerate(entries):
-            parts = {kind: {k.split(".")[2]: v for k, v in tensors.items()
-                            if k.startswith(f"{i}.{kind}.")} for kind in ("factors", "snapshot")}
-            factors, snapshot = self._checked(parts["factors"], parts["snapshot"],
-                                              f"{file}, session {i}")
-            found = tuple(hashlib.sha256(b).hexdigest() for b in _blobs(factors, snapshot))
+            factors, snapshot = (
+                self._checked(kind, {k: tensors[name].clone() for k in kind._fields
+                                     if (name := f"{i}.{part}.{k}") in tensors},
+                              f"{file}, session {i}")
+                for kind, part in ((Factors, "factors"), (Snapshot, "snapshot")))
+            found = tuple(map(sha256, _blobs(factors, snapshot)))
             if found != (entry["sha256"], entry["snapshot_sha256"]):
                 raise ValueError(f"{file}, session {i}: expected it as it was exported, found it "
                                  "changed: export it again")
@@ -879,9 +892,8 @@ class Store:
         entries, taken = list(self.entries), {e["id"] for e in self.entries}
         for entry, factors, snapshot in sessions:
             blobs = dict(zip(("sessions", "snapshots"), _blobs(factors, snapshot)))
-            entry["sha256"], entry["snapshot_sha256"] = (hashlib.sha256(b).hexdigest()
-                                                         for b in blobs.values())
-            name = hashlib.sha256(blobs["sessions"] + blobs["snapshots"]).hexdigest()[:12]
+            entry["sha256"], entry["snapshot_sha256"] = map(sha256, blobs.values())
+            name = sha256(blobs["sessions"] + blobs["snapshots"])[:12]
             entry["id"] = (name if name not in taken else next(
                 n for i in itertools.count(2) if (n := f"{name}-{i}") not in taken))
             taken.add(entry["id"])
@@ -915,7 +927,7 @@ class Store:
         raised when the same rule comes to mean another W_m."""
         ctm = self.model.ctm
         read = b"".join(x.cpu().numpy().tobytes() for x in (ctm.white, ctm.signs))
-        return hashlib.sha256(repr((FORMAT, self.rule)).encode() + read + blob).hexdigest()
+        return sha256(repr((FORMAT, self.rule)).encode() + read + blob)
 
     def _read_weight(self, seal: str) -> Tensor | None:
         """W_m as the manifest has it; None where there is none, or another."""
@@ -943,51 +955,37 @@ class Store:
                              "export the memory with the version that made it")
         if base != self.base:
             raise ValueError(f"{path}: expected a memory of these weights ({self.base}), found one "
-                             f"of {base}: name another --memory_dir, "
-                             f"or the weights it belongs to")
+                             f"of {base}: name another --memory_dir, or the weights it belongs to")
         return entries, str(manifest.get("memory", ""))
 
-    def _load(self, entry: dict) -> Factors:
-        self._verify(self.folder / "snapshots" / f"{entry['id']}.safetensors",
-                     entry["snapshot_sha256"])
-        path = self.folder / "sessions" / f"{entry['id']}.safetensors"
-        self._verify(path, entry["sha256"])
-        return self._checked(read_tensors(path)[0], None, str(path))[0]
-
-    def _read_snapshot(self, entry: dict) -> Snapshot:
-        path = self.folder / "snapshots" / f"{entry['id']}.safetensors"
-        self._verify(path, entry["snapshot_sha256"])
-        return self._checked(None, read_tensors(path)[0], str(path))[1]
-
-    def _verify(self, path: Path, sha256: str) -> None:
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    def _read(self, kind: type, entry: dict) -> "Factors | Snapshot":
+        """A session's Factors or Snapshot, from the very bytes that the manifest names."""
+        folder, seal = {Factors: ("sessions", "sha256"),
+                        Snapshot: ("snapshots", "snapshot_sha256")}[kind]
+        path = self.folder / folder / f"{entry['id']}.safetensors"
+        if not path.is_file() or sha256(blob := path.read_bytes()) != entry[seal]:
             raise ValueError(f"{path}: expected the file that the manifest names, found "
-                             f"{'another' if path.is_file() else 'none'}: it is "
-                             "damaged; restore it from a copy, or give it up with "
-                             f"--forget={path.stem}")
+                             f"{'another' if path.is_file() else 'none'}: it is damaged; restore "
+                             f"it from a copy, or give it up with --forget={entry['id']}")
+        return self._checked(kind, from_bytes(blob), str(path))
 
-    def _checked(self, factors: dict | None, snapshot: dict | None,
-                 where: str) -> tuple[Factors | None, Snapshot | None]:
+    def _checked(self, kind: type, tensors: dict[str, Tensor], where: str
+                 ) -> "Factors | Snapshot":
         """Tensors of a file as what they claim to be: names, shapes and types agree, and all is
         finite."""
         D, S = self.model.ctm.c_proj.weight.shape
-        n = len(factors["keys"]) if factors and "keys" in factors else 0
-        shapes = {"keys": (n, S), "values": (n, D), **{k: (n,) for k in Factors._fields[2:]}}
+        n = tensors["keys"].numel() // S if "keys" in tensors else 0
+        shapes = ({"keys": (n, S), "values": (n, D), **{k: (n,) for k in Factors._fields[2:]}}
+                  if kind is Factors else {"alpha": (2, S), "beta": (2, S), "about": (D,)})
         types = {"keys": torch.int8, "values": torch.float16, "position": torch.int64,
                  "tick": torch.int64}
-        for given, wanted in ((factors, shapes),
-                              (snapshot, {"alpha": (2, S), "beta": (2, S), "about": (D,)})):
-            if given is None:
-                continue
-            right = given.keys() == wanted.keys() and all(
-                tuple(given[k].shape) == wanted[k]
-                and given[k].dtype == types.get(k, torch.float32) for k in wanted)
-            if not right or not all(torch.isfinite(x).all() for x in given.values()):
-                raise ValueError(f"{where}: expected finite tensors of this model's shapes, found "
-                                 "others: it is damaged or foreign")
-        # copies: what was read stays mapped to its file, which may be written over
-        return tuple(kind(**{k: v.clone() for k, v in given.items()}) if given is not None else None
-                     for kind, given in ((Factors, factors), (Snapshot, snapshot)))
+        right = tensors.keys() == shapes.keys() and all(
+            tuple(tensors[k].shape) == shapes[k]
+            and tensors[k].dtype == types.get(k, torch.float32) for k in shapes)
+        if not right or not all(torch.isfinite(x).all() for x in tensors.values()):
+            raise ValueError(f"{where}: expected finite tensors of this model's shapes, found "
+                             "others: it is damaged or foreign")
+        return kind(**tensors)
 
     def _remove_orphans(self) -> None:
         """Files that no manifest names: left by a crash before it was replaced, or forgotten."""
@@ -1014,11 +1012,14 @@ class Store:
             holder = self._lock.read().strip() or "unknown"
             self.close()
             raise ValueError(f"expected to be the only writer of {self.folder}, found process "
-                             f"{holder} writing: end it, or use "
-                             f"--memory=read-only") from None
+                             f"{holder} writing: end it, or use --memory=read-only") from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
+
+
+def sha256(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()
 
 
 def _checked_entry(entry: dict) -> dict:
@@ -1036,8 +1037,7 @@ def _checked_entry(entry: dict) -> dict:
 
 def _sealed(about: dict) -> bytes:
     """A manifest as it stands on the disk, with the sha256 of what it says."""
-    return json.dumps({"sha256": hashlib.sha256(json.dumps(about).encode()).hexdigest()} | about,
-                      indent=1).encode()
+    return json.dumps({"sha256": sha256(json.dumps(about).encode())} | about, indent=1).encode()
 
 
 def _blobs(factors: Factors, snapshot: Snapshot) -> tuple[bytes, bytes]:

@@ -65,8 +65,7 @@ class BackboneConfig:
     def to_json(self) -> dict:
         shape = {k: v for k, v in asdict(self).items() if k != "rope_theta"}
         return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
-                "tie_word_embeddings": True, "hidden_act": "silu",
-                "attention_bias": False,
+                "tie_word_embeddings": True, "hidden_act": "silu", "attention_bias": False,
                 "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta}, **shape}
 
 
@@ -82,7 +81,7 @@ class RMSNorm(nn.Module):
         return self.weight * rms(x.float(), self.eps).to(x.dtype)
 
 
-def rms(x: Tensor, eps: float = 1e-6) -> Tensor:
+def rms(x: Tensor, eps: float) -> Tensor:
     """x scaled to unit root mean square over its last axis."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
@@ -107,8 +106,7 @@ class Places:
     """Where the tokens of one call stand: rotary angles and who may look at whom."""
     cos: Tensor                 # (B, 1, T, head_dim)
     sin: Tensor
-    # (B, 1, T, T_all) bool, None: plain causal (no past) or everything (T = 1)
-    allowed: Tensor | None
+    allowed: Tensor | None      # (B, 1, T, T_all) bool; None: causal (no past), or all (T = 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Softmax attention of q (B, H, T, d) over k, v (B, H_kv, T_all, d) -> (B, T, H * d)."""
@@ -308,11 +306,9 @@ class UNet(nn.Module):
         entering = [c.bottleneck] + [2 * w for w in rising[:-1]]    # from below, and across
         self.up = nn.ModuleList(nn.Linear(a, b) for a, b in zip(entering, rising))
         self.norms = nn.ModuleList(nn.LayerNorm(w) for w in rising)
-        # signal, not bias: the input must show through 2L layers
-        for layer in [*self.down, *self.up]:
-            # 1.7: what SiLU takes away
+        for layer in [*self.down, *self.up]:                        # 1.7: what SiLU takes away
             nn.init.normal_(layer.weight, std=1.7 * layer.in_features ** -0.5)
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.bias)  # the input must show through 2 L layers, not biases
 
     def forward(self, x: Tensor) -> Tensor:
         across = []
@@ -352,8 +348,8 @@ class Sync(nn.Module):
     """One synchronisation read-out: S pairs of neurons, each with its decay r, prior weight rho and
     carried mean m.
 
-        alpha_k = r alpha_{k-1} + z[left] z[right],  beta_k = r beta_{k-1} + 1,  y = (alpha + rho m)
-            / sqrt(beta + rho)
+        alpha_k = r alpha_{k-1} + z[left] z[right],   beta_k = r beta_{k-1} + 1
+        y_k = (alpha_k + rho m) / sqrt(beta_k + rho)
     """
 
     def __init__(self, neurons: int, c: ThoughtConfig):
@@ -429,27 +425,24 @@ class CTMBlock(nn.Module):
         self.sync_out, self.sync_act = Sync(width, c), Sync(width, c)
         self.c_proj = nn.Linear(c.sync, width, bias=False)
         nn.init.normal_(self.c_proj.weight, std=0.1 * c.sync ** -0.5)
-        # what a blank slate would show, per tick: mean of y_out
+        # what a blank slate would show, per tick: mean of y_out, and its variance, on training text
         self.register_buffer("baseline", torch.zeros(c.ticks, c.sync))
-        # and around it, on the same text
         self.register_buffer("variance", torch.ones(c.ticks, c.sync))
-        self.register_buffer("mean_surprise", torch.tensor(3.0))  # nats per token of training text
+        self.register_buffer("mean_surprise", torch.tensor(3.0))  # nats per token of the same
         half_lives = torch.logspace(math.log2(16), math.log2(4096), c.sync, base=2).expand(2, -1)
         self.log_half_life = nn.Parameter(half_lives.log())  # of what a session carries, in tokens
         # what phase 3 learns for memory.py: which tokens to tell the weights, and what about them
         self.salience_weight = nn.Parameter(torch.zeros(c.sync))
         self.salience_bias = nn.Parameter(torch.zeros(()))
         # U: from embedding space to the direction of what is added to h, and b, which only training
-        # adds (train.telling)
+        # adds (train.telling); eta, its length
         self.engram = nn.Parameter(torch.eye(width))
         self.engram_bias = nn.Parameter(torch.zeros(width))
-        self.log_eta = nn.Parameter(torch.tensor(2.0))                      # its length
-        # Sigma: second moment of kappa/sqrt(S) on text
+        self.log_eta = nn.Parameter(torch.tensor(2.0))
+        # Sigma: second moment of kappa / sqrt(S) on text; the same where somebody's value is due
         self.register_buffer("key_moment", torch.eye(c.sync) / c.sync)
-        # the same where somebody's value is due
         self.register_buffer("due_moment", torch.eye(c.sync) / c.sync)
-        # text by which a write is judged
-        self.register_buffer("ordinary", torch.zeros(4, 64, dtype=torch.long))
+        self.register_buffer("ordinary", torch.zeros(4, 64, dtype=torch.long))  # judges a write
         # of what memory reads, see `whiten`: made from the two moments, so no file holds them
         self.register_buffer("white", torch.zeros(c.sync, c.sync), persistent=False)
         self.register_buffer("signs", coin_flips(c.expand, c.sync), persistent=False)
@@ -500,10 +493,6 @@ class CTMBlock(nn.Module):
                          self.sync_out.r() * s.alpha_out + self.sync_out.pair(z),
                          self.sync_act.r() * s.alpha_act + self.sync_act.pair(z),
                          self.sync_out.r() * s.beta_out + 1, self.sync_act.r() * s.beta_act + 1)
-
-    def raw_key(self, s: TickState, m: Tensor) -> Tensor:
-        """y_out (B, T, S), before the baseline is taken off."""
-        return self.sync_out.read(s.alpha_out, s.beta_out, m[:, 0])
 
     def key(self, k: int, y_out: Tensor) -> Tensor:
         """The key kappa_k = rms((y_out - baseline_k) / sd_k): (..., S) fp32 with unit root mean
@@ -708,18 +697,16 @@ class NanoCTM(nn.Module):
         return h, u, places, Cache(layers, cache.block, real)
 
     def ticks(self, h: Tensor, u: Tensor, places: Places, cache: Cache, halt: float | None = None,
-              m: Tensor | None = None,
-              where: Tensor | None = None) -> Ticks:
+              m: Tensor | None = None, where: Tensor | None = None) -> Ticks:
         """Think about u. m (B, 2, S): what the session has synchronised; None: a fresh session.
 
-        With `halt`, stops when every token has passed it; which ticks count per token is `think`'s
-        affair. With `where` (B, n), only these positions think: no thought reads another's ticks,
-        so training can skip the rest.
+        With `halt`, stops when every token has passed it; which ticks count per token is
+        `measure`'s affair. With `where` (B, n), only these positions think: no thought reads
+        another's ticks, so training can skip the rest.
         """
-        real = cache.real[:, -u.shape[1]:]
+        real, asking = cache.real[:, -u.shape[1]:], u
         if where is not None:
-            real = real.gather(1, where)
-        h, asking = (h, u) if where is None else (take(h, where), take(u, where))
+            h, asking, real = take(h, where), take(u, where), real.gather(1, where)
         # the block's weights are fp32
         with torch.autocast(u.device.type, torch.bfloat16, enabled=u.dtype == torch.bfloat16):
             if self.ctm is None:
@@ -729,10 +716,8 @@ class NanoCTM(nn.Module):
             return self._ticks(h, asking, u, places, cache, real, halt, m, where)
 
     def _ticks(self, h: Tensor, asking: Tensor, u: Tensor, places: Places, cache: Cache,
-               real: Tensor, halt: float | None,
-               m: Tensor | None, where: Tensor | None) -> Ticks:
-        ctm = self.ctm
-        # (B, 2, 1, S)
+               real: Tensor, halt: float | None, m: Tensor | None, where: Tensor | None) -> Ticks:
+        ctm = self.ctm                                              # m below: (B, 2, 1, S)
         m = (ctm.fresh_sync().expand(len(u), -1, -1) if m is None else m)[:, :, None]
         kv = ctm.keys_values(u, places, cache.block)
         places = places if where is None else places.at(where)
@@ -744,15 +729,15 @@ class NanoCTM(nn.Module):
                                    use_reentrant=False)
             else:
                 state = ctm.tick(ctm.tick_embedding[k], asking, state, kv, m, places)
-            y_out.append(ctm.raw_key(state, m))
+            y_out.append(ctm.sync_out.read(state.alpha_out, state.beta_out, m[:, 0]))
             keys.append(ctm.key(k, y_out[-1]))
             outs.append(ctm.c_proj(keys[-1].to(h.dtype)).to(h.dtype))
             if halt is not None or k == ctm.config.ticks - 1:
-                a, b = torch.stack([state.alpha_out, state.alpha_act],
-                                   2), torch.stack([state.beta_out, state.beta_act])
-                alpha = a if alpha is None else torch.where(running[..., None, None], a, alpha)
-                beta = (b.expand_as(a) if beta is None
-                        else torch.where(running[..., None, None], b, beta))
+                a = torch.stack([state.alpha_out, state.alpha_act], 2)
+                b = torch.stack([state.beta_out, state.beta_act]).expand_as(a)
+                on = running[..., None, None]
+                alpha, beta = ((a, b) if alpha is None
+                               else (torch.where(on, a, alpha), torch.where(on, b, beta)))
             if halt is not None:
                 running = running & (self.score(h + outs[-1])[0] < halt)
                 if not running.any():
@@ -821,8 +806,8 @@ class NanoCTM(nn.Module):
                        t.delta_alpha, t.delta_beta, t.cache, t.real, self)
 
     def forward(self, tokens: Tensor, cache: Cache | None = None, plastic: Tensor | None = None,
-                halt: float | None = None,
-                m: Tensor | None = None, where: Tensor | None = None) -> Thought:
+                halt: float | None = None, m: Tensor | None = None,
+                where: Tensor | None = None) -> Thought:
         """Read (B, T) tokens (padding < 0), after those in `cache`, and think about each. See
         Thought and DESIGN §2.
 
@@ -851,10 +836,9 @@ class NanoCTM(nn.Module):
                           for h, t in zip(hidden.split(n), targets.split(n))])
 
     def tick_loss(self, thought: Thought, targets: Tensor, weight: Tensor, other: str = "any",
-                  teacher: Tensor | None = None,
-                  ) -> tuple[Tensor, dict[str, float]]:
-        """½ nats at the most certain tick + ½ nats at another one, as a weighted mean over weight >
-        0.
+                  teacher: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
+        """Half the nats at the most certain tick, half those at another one, as a weighted mean
+        over weight > 0.
 
         other "best": the tick of the lowest nats, as the CTM does it (eq. 12). On text, whose next
         token is never certain, eight guesses then learn to differ, and the tick that is read pays
@@ -882,7 +866,7 @@ class NanoCTM(nn.Module):
                                             "read_tick": read.float().mean().item()}
 
 
-HEAD_ENTRIES = {"cpu": 2**18, "cuda": 2**26, "meta": 2**26}         # logits held at once
+HEAD_ENTRIES = {"cpu": 2**18, "cuda": 2**26}        # logits held at once
 
 
 def flops_per_token(b: BackboneConfig, c: ThoughtConfig, T: int) -> dict[str, int]:
@@ -898,10 +882,10 @@ def flops_per_token(b: BackboneConfig, c: ThoughtConfig, T: int) -> dict[str, in
              "block_attention": K * 4 * T * D,
              "block_projections": K * 4 * S * D + 4 * D * D,
              "block_reading": (K - 1) * 2 * D * b.vocab_size}
-    trunk = (b.num_hidden_layers * (4 * D * (q + kv) + 4 * T * q) + (b.num_hidden_layers - 1) * 6
-             * D * b.intermediate_size)
-    return {"trunk": trunk, "ffn": 6 * D * b.intermediate_size, "block": sum(parts.values()),
-            **parts,
+    ffn = 6 * D * b.intermediate_size
+    trunk = (b.num_hidden_layers * (4 * D * (q + kv) + 4 * T * q)
+             + (b.num_hidden_layers - 1) * ffn)
+    return {"trunk": trunk, "ffn": ffn, "block": sum(parts.values()), **parts,
             "head": 2 * D * b.vocab_size,
             "memory": K * 2 * S * (S + c.expand * D if c.expand else D)}
 
@@ -923,10 +907,9 @@ class Spoken(NamedTuple):
 
 @torch.no_grad()
 def generate(model: NanoCTM, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0,
-             top_k: int = 0,
-             stop: int | None = None, halt: float | None = None, plastic: Tensor | None = None,
-             generator: torch.Generator | None = None, cache: Cache | None = None, session=None,
-             own: int = 0) -> Iterator[Spoken]:
+             top_k: int = 0, stop: int | None = None, halt: float | None = None,
+             plastic: Tensor | None = None, generator: torch.Generator | None = None,
+             cache: Cache | None = None, session=None, own: int = 0) -> Iterator[Spoken]:
     """Continue each row of tokens (B, T), padded on the left with -1, after those in `cache`; yield
     one Spoken per step.
 
@@ -936,15 +919,14 @@ def generate(model: NanoCTM, tokens: Tensor, max_new_tokens: int, temperature: f
     """
     if max_new_tokens < 1 or temperature < 0 or top_k < 0:
         raise ValueError("expected max_new_tokens > 0, temperature >= 0 and top_k >= 0, found "
-                         f"{max_new_tokens}, {temperature} "
-                         f"and {top_k}: change them")
-    room = model.backbone.config.max_position_embeddings - (cache.real.shape[1] if cache else 0)
+                         f"{max_new_tokens}, {temperature} and {top_k}: change them")
+    read = 0 if cache is None or cache.real is None else cache.real.shape[1]
+    room = model.backbone.config.max_position_embeddings - read
     longest = int((tokens >= 0).sum(1).max())
     if not longest or (session is None and longest + max_new_tokens > room):
         raise ValueError(f"expected a prompt of 1 to {room - max_new_tokens} tokens (room for "
-                         f"{room} in the context, "
-                         f"{max_new_tokens} to generate), found {longest}: shorten the prompt or "
-                         "lower max_new_tokens")
+                         f"{room} in the context, {max_new_tokens} to generate), found {longest}: "
+                         "shorten the prompt or lower max_new_tokens")
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         if session is not None:
@@ -972,8 +954,8 @@ def pick(logits: Tensor, temperature: float, top_k: int,
     if temperature == 0:
         return logits.argmax(-1)
     if top_k:
-        logits = logits.masked_fill(logits
-            < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -983,8 +965,8 @@ def replies(model: NanoCTM, tokenizer, prompts: list[str], max_new_tokens: int =
     ids = [tokenizer.encode(p) for p in prompts]
     width, device = max(map(len, ids)), model.backbone.embed_tokens.weight.device
     tokens = torch.tensor([[-1] * (width - len(i)) + i for i in ids], device=device)
-    steps = [s.token for s
-             in generate(model, tokens, max_new_tokens, stop=tokenizer.im_end, **settings)]
+    steps = [spoken.token for spoken in
+             generate(model, tokens, max_new_tokens, stop=tokenizer.im_end, **settings)]
     return [tokenizer.decode([t for t in row if t >= 0 and t != tokenizer.im_end])
             for row in torch.stack(steps, 1).tolist()]
 
@@ -1013,9 +995,8 @@ def load_backbone(name: str, **settings) -> NanoCTM:
         folder = _download(name)
     if not (folder / "config.json").is_file() or not list(folder.glob("model*.safetensors")):
         raise ValueError(f"expected config.json and model*.safetensors in {folder}, found neither "
-                         "or one: "
-                         "run `python train.py config/tiny_phase1.py` first, or name a Qwen3 "
-                         "checkpoint")
+                         "or one: run `python train.py config/tiny_phase1.py` first, or name a "
+                         "Qwen3 checkpoint")
     model = NanoCTM(BackboneConfig.from_json(folder), **({"block": "ffn"} | settings))
     tensors = {}
     for path in sorted(folder.glob("model*.safetensors")):
@@ -1033,9 +1014,8 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors"]))
     except (OSError, HFValidationError, ValueError) as e:
         raise ValueError("expected a Qwen3 folder or a reachable Hugging Face name, found "
-                         f"{name!r} ({type(e).__name__}): "
-                         "check the path or the network; for the tiny world run `python train.py "
-                         "config/tiny_phase1.py` first") from None
+                         f"{name!r} ({type(e).__name__}): check the path or the network; for the "
+                         "tiny world run `python train.py config/tiny_phase1.py` first") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -1060,9 +1040,8 @@ def _put(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
               if own[k].shape != tensors[k].shape]
     if missing or unexpected or shapes:
         raise ValueError(f"{where}: expected the keys and shapes of this model, found missing "
-                         f"{missing[:4]}, unexpected "
-                         f"{unexpected[:4]}, misshaped {shapes[:4]}: these weights belong to "
-                         "another model")
+                         f"{missing[:4]}, unexpected {unexpected[:4]}, misshaped {shapes[:4]}: "
+                         "these weights belong to another model")
     module.load_state_dict(tensors)
 
 
@@ -1071,8 +1050,7 @@ def save_backbone(model: NanoCTM, folder: Path) -> None:
     written twice."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({f"model.{k}": v.contiguous() for k, v in model.backbone.state_dict().items()},
-              folder / "model.safetensors",
-              {"format": "pt"})
+              folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model.backbone.config.to_json(), indent=1))
 
 
@@ -1081,8 +1059,8 @@ def fingerprint(module: nn.Module, without: str = " ") -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if not name.startswith(without):
-            digest.update(name.encode()
-                + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            flat = tensor.detach().cpu().contiguous().view(-1)
+            digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -1096,8 +1074,7 @@ def block_module(model: NanoCTM) -> nn.Module:
     return model.ctm if model.block == "ctm" else model.backbone.layers[-1].mlp
 
 
-# a file holds the lower triangle, or the diagonal until measured
-SYMMETRIC = ("key_moment", "due_moment")
+SYMMETRIC = ("key_moment", "due_moment")  # a file has a triangle, or the diagonal till measured
 
 
 def save_graft(model: NanoCTM, path: Path, **notes: str) -> None:
@@ -1126,8 +1103,7 @@ def load_graft(base: str, path: Path, **changes) -> NanoCTM:
     model = load_backbone(base, thought=thought, block=about["block"])
     if (found := backbone_hash(model)) != about["backbone"]:
         raise ValueError(f"{path}: expected the base it was trained on ({about['backbone']}), "
-                         f"found {found} in {base}: "
-                         f"use the backbone that belongs to it")
+                         f"found {found} in {base}: use the backbone that belongs to it")
     for name in tensors.keys() & set(SYMMETRIC):
         tensors[name] = symmetric(tensors[name], thought.sync if thought else 0)
     # what was trained is fp32, whatever its base is

@@ -99,8 +99,8 @@ class Speaker:
 
     def why(self) -> list[dict]:
         """What of each token of the last answer came from which session, in logits."""
-        return [{"token": self.words.decode([int(s.token)]), **why(self.store, s)}
-                for s in self.last]
+        return [{"token": self.words.decode([int(s.token)]), **split}
+                for s, split in zip(self.last, why(self.store, self.last))]
 
     def remember(self) -> None:
         """End the session: write it into the memory, and say what that did."""

@@ -84,7 +84,7 @@ weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
 clip = 1.0                  # norm of the gradient at most
-other_tick = "any"          # phase 2 loss, beside the most certain tick: "any" by chance, or "best"
+other_tick = "any"          # tick loss, beside the most certain tick: "any" by chance, or "best"
 thinking_share = 1.0        # share of a row that thinks at a step; the block costs that much less
 inherited_share = 0.3       # phases 2, 3: steps that start from an earlier session's sync
 # phase 3
@@ -139,14 +139,20 @@ def start_processes(where: str) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def average_gradients(parameters: list[torch.Tensor], world: int) -> None:
+def averaged(x: torch.Tensor) -> torch.Tensor:
+    """x, the same shape in every process -> its mean over them."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x = x / dist.get_world_size()
+    return x
+
+
+def average_gradients(parameters: list[torch.Tensor]) -> None:
     """One all-reduce over all gradients, so that every process takes the same step."""
     reached = [p for p in parameters if p.grad is not None]         # the same ones in every process
-    if world > 1:
-        flat = torch.cat([p.grad.flatten() for p in reached])
-        dist.all_reduce(flat)
-        for p, g in zip(reached, flat.split([p.numel() for p in reached])):
-            p.grad.copy_(g.view_as(p) / world)
+    flat = averaged(torch.cat([p.grad.flatten() for p in reached]))
+    for p, g in zip(reached, flat.split([p.numel() for p in reached])):
+        p.grad.copy_(g.view_as(p))
 
 
 # -----------------------------------------------------------------------------
@@ -204,6 +210,11 @@ def learning_rate(step: int) -> float:
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1)))
 
 
+def tensors(arrays: tuple[np.ndarray, ...], device: str) -> list[torch.Tensor]:
+    """What data.py makes, on the device."""
+    return [torch.from_numpy(x).to(device) for x in arrays]
+
+
 # -----------------------------------------------------------------------------
 # losses of phases 1 and 2
 
@@ -212,14 +223,15 @@ Batch = tuple[torch.Tensor, ...]
 
 def mixture_loss(model: NanoCTM, batch: Batch, step: int
                  ) -> tuple[torch.Tensor, dict, Thought | None]:
-    """Loss of one micro-batch, a report (nats of the tick read, its mean index,
-    the block's mean y_out), and the thought."""
+    """Loss of one micro-batch, a report (nats of the tick read, its mean index, mean and mean
+    square of y_out (2, K, S)), and the thought."""
     tokens, weight, before = batch
     trunk = model.trunk(tokens)
-    imitating = model.ctm is not None and step < imitation_steps
+    imitating = phase == 2 and model.ctm is not None and step < imitation_steps
     m = (inherited_sync(model, before)
          if model.ctm and not imitating and share_of_steps(inherited_share, step) else None)
-    where = thinking_tokens(weight) if model.ctm else None
+    where = (foremost(weight, max(1, int(weight.shape[1] * thinking_share)))
+             if model.ctm else None)                                # what is learned comes first
     ticks, u = model.ticks(*trunk, m=m, where=where), trunk[1]
     following = successors(tokens)
     if where is not None:
@@ -235,12 +247,6 @@ def mixture_loss(model: NanoCTM, batch: Batch, step: int
     if model.ctm:
         report["y_out"] = mean_and_square(ticks)
     return loss, report, thought
-
-
-def thinking_tokens(weight: torch.Tensor) -> torch.Tensor:
-    """weight (B, T) -> (B, n) positions, in order:
-    those that are learned first, chance among equals."""
-    return foremost(weight, max(1, int(weight.shape[1] * thinking_share)))
 
 
 def foremost(importance: torch.Tensor, n: int) -> torch.Tensor:
@@ -441,7 +447,7 @@ def told_session(model: NanoCTM, e: data.Episodes, carrying: bool
         return lived, successors(e.told), e.news, e.told_at[:, 1], session.m
     where = due_first(e.news > 0, 2)
     following = successors(e.told).gather(1, where)
-    lived = Lived.of(model.measure(model.ticks(*model.trunk(e.told), where=where), following))
+    lived = Lived.of(model(e.told, where=where))
     return lived, following, e.news.gather(1, where), place(where, e.told)[*e.told_at.T], None
 
 
@@ -471,8 +477,7 @@ def crowd_factors(model: NanoCTM, e: data.Episodes
     """The factors of news alone, no gradients: others whom the memory knows."""
     where = foremost(2 * e.news, int(e.news.sum(1).max()))
     following, news = successors(e.told).gather(1, where), e.news.gather(1, where) > 0
-    thought = model.measure(model.ticks(*model.trunk(e.told), where=where), following)
-    return telling(model, Lived.of(thought), following, news)
+    return telling(model, Lived.of(model(e.told, where=where)), following, news)
 
 
 def place(where: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -525,28 +530,22 @@ def locality_loss(model: NanoCTM, hidden: torch.Tensor, aid: torch.Tensor) -> to
 
 
 @torch.no_grad()
-def apply_baseline(model: NanoCTM, report: dict, step: int, world: int) -> None:
+def apply_baseline(model: NanoCTM, report: dict, step: int) -> None:
     """Move the running means, after the optimizer's step only:
     y_out and its square per tick, and the surprise of a token."""
     surprise = torch.tensor([report.get("nats", float(model.ctm.mean_surprise))],
                             device=report["y_out"].device)
-    seen = torch.cat([report["y_out"].flatten(), surprise])
-    if world > 1:
-        dist.all_reduce(seen)
-        seen = seen / world
+    seen = averaged(torch.cat([report["y_out"].flatten(), surprise]))
     rate = max(baseline_rate, 1 / (step + 1))
     model.ctm.settle(*seen[:-1].view_as(report["y_out"]), rate)
     model.ctm.mean_surprise.lerp_(seen[-1], rate)
 
 
 @torch.no_grad()
-def apply_moment(moment: torch.Tensor, key: torch.Tensor, before: int, world: int) -> None:
+def apply_moment(moment: torch.Tensor, key: torch.Tensor, before: int) -> None:
     """Move a running second moment (S, S) towards that of these keys (n, S), as unit vectors;
     before: how often it was moved."""
-    found = key.T @ key / key.shape[1] / len(key)
-    if world > 1:
-        dist.all_reduce(found)
-        found = found / world
+    found = averaged(key.T @ key / key.shape[1] / len(key))
     found = (found + found.T) / 2                                   # to the bit, as a file keeps it
     moment.lerp_(found, max(2 * baseline_rate, 1 / (1 + before)))
 
@@ -564,11 +563,10 @@ def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str) -> None:
         counts[which] += len(key)
 
     for i in range(moment_batches):
-        rows, e = (tuple(torch.from_numpy(x).to(device) for x in made) for made
-                   in (mixture.batch(2, max_steps, i), mixture.episodes(64, max_steps, i)))
-        thought = model(rows[0])
+        thought = model(tensors(mixture.batch(2, max_steps, i), device)[0])
         add(0, thought.key[thought.real])
-        for tokens, wanted in ((e[0], e[1] > 0), (e[2], (e[3] > 1) | (e[3] < 0))):  # told, asked
+        e = data.Episodes(*tensors(mixture.episodes(64, max_steps, i), device))
+        for tokens, wanted in ((e.told, e.news > 0), (e.asked, (e.weight > 1) | (e.weight < 0))):
             where = foremost(wanted.float(), int(wanted.sum(1).max()))
             add(1, model(tokens, where=where).key[wanted.gather(1, where)])
     for moment, found, n in zip(moments, sums, counts):
@@ -582,8 +580,7 @@ def settle_length(model: NanoCTM, mixture: data.Mixture, device: str, batches: i
     news, eta and b as much larger and smaller, so that the one is as long as the other."""
     lengths = []
     for i in range(batches):
-        told, news = (torch.from_numpy(x).to(device)
-                      for x in mixture.episodes(64, max_steps, i)[:2])
+        told, news = tensors(mixture.episodes(64, max_steps, i)[:2], device)
         where = foremost(news, int((news > 0).sum(1).max()))
         known, thought = news.gather(1, where) > 0, model(told, where=where)
         error = prediction_error(model, thought.at_read_tick(thought.hidden)[known],
@@ -605,19 +602,15 @@ def evaluate(model: NanoCTM, mixture: data.Mixture, device: str) -> dict[str, fl
     size, start = mixture.T, range(0, len(mixture.text) - mixture.T,
                                    max(mixture.T, len(mixture.text) // eval_rows))
     rows = torch.stack([torch.from_numpy(mixture.text[i:i + size].astype("int64"))
-                        for i in list(start)[:eval_rows]])
+                        for i in start[:eval_rows]])
     nats = torch.cat([model(r.to(device)).nats[:, :-1].flatten()
                       for r in rows.split(B)]).mean().item()
     found = {"val": nats}
-    for n in (2, 8):
+    for name, n, untold in (("recall_2", 2, False), ("recall_8", 8, False), ("untold_8", 8, True)):
         prompts, facts = data.context_questions(
-            data.FactWorld(1000 + n, "held_out"), n, eval_questions)
+            data.FactWorld(1000 + n, "held_out"), n, eval_questions, untold)
         said = replies(model, mixture.tokenizer, prompts)
-        found[f"recall_{n}"] = sum(map(data.is_recalled, said, facts)) / len(facts)
-    prompts, facts = data.context_questions(
-        data.FactWorld(1008, "held_out"), 8, eval_questions, untold=True)
-    said = replies(model, mixture.tokenizer, prompts)
-    found["untold_8"] = sum(map(data.is_recalled, said, facts)) / len(facts)
+        found[name] = sum(map(data.is_recalled, said, facts)) / len(facts)
     if phase == 3:
         learned = [(x, x.clone()) for x in
                    (model.ctm.log_eta, model.ctm.engram, model.ctm.engram_bias)]
@@ -773,9 +766,9 @@ def report_needs() -> None:
 # -----------------------------------------------------------------------------
 # the run
 
-def header(config: dict, world: int) -> dict:
+def header(config: dict, world: int, device: str) -> dict:
     """What somebody needs to run this again."""
-    hardware = (torch.cuda.get_device_name() if torch.cuda.is_available()
+    hardware = (torch.cuda.get_device_name() if device == "cuda"
                 else f"{platform.machine()} CPU, {os.cpu_count()} cores")
     return {"commit": configurator.commit(), "hardware": hardware, "processes": world,
             "python": platform.python_version(), "torch": torch.__version__, "config": config}
@@ -799,9 +792,59 @@ def check_settings() -> None:
         raise ValueError(f"expected write_rule 'sum' or 'solved', found {write_rule!r}: "
                          "choose one of the two")
     for name in ("B", "T", "accumulation", "ticks", "history", "log_interval", "eval_interval",
-                 "eval_rows", "eval_questions", "crowd_facts"):
+                 "eval_rows", "eval_questions", "crowd_facts", "chunk", "cut_contexts"):
         if globals()[name] < 1:
             raise ValueError(f"expected {name} of at least 1, found {globals()[name]}: raise it")
+    if not 0 < thinking_share <= 1:
+        raise ValueError(f"expected thinking_share above 0 and at most 1, found {thinking_share}: "
+                         "1 thinks about every token")
+
+
+def prepare(device: str) -> tuple[NanoCTM, data.Mixture, data.Mixture, str]:
+    """-> the model of this phase, what it learns from, what it is judged by, and the text's hash.
+    ValueError in one line."""
+    words = data.Tokenizer(tokenizer)
+    train_text, val_text, about = data.open_tokens(Path(text), words.n_vocab)
+    mixture, held_out = (data.Mixture(words, t, T, text_share, told_share, seed, split, curriculum)
+                         for t, split in ((train_text, "train"), (val_text, "held_out")))
+    model = build_model().to(device)
+    if words.n_vocab > model.backbone.config.vocab_size:
+        raise ValueError("expected a tokenizer of at most "
+                         f"{model.backbone.config.vocab_size} words, found {words.n_vocab}: "
+                         f"use the tokenizer that belongs to {base or 'vocab_size'}")
+    if model.ctm:                                                   # text to judge living writes by
+        windows = [train_text[i * (len(train_text) // 4):][:model.ctm.ordinary.shape[1]]
+                   .astype("int64") for i in range(4)]
+        model.ctm.ordinary.copy_(torch.from_numpy(np.stack(windows)))
+    model.checkpoint_ticks = checkpoint_ticks
+    if compile and model.ctm:
+        model.ctm.tick = torch.compile(model.ctm.tick)
+    return model, mixture, held_out, about["text_sha256"]
+
+
+def step_loss(model: NanoCTM, mixture: data.Mixture, batch: list[torch.Tensor], *key: int
+              ) -> tuple[torch.Tensor, dict]:
+    """Loss and report of one micro-batch; key: step, micro-batch and process."""
+    if phase < 3:
+        return mixture_loss(model, batch, key[0])[:2]
+    shares = ((carry_facts, episode_facts - carry_facts + crowd_facts)
+              if share_of_steps(carry_share, key[0]) else (episode_facts, crowd_facts))
+    told, crowd = (data.Episodes(*tensors(mixture.episodes(n, *key, part), batch[0].device))
+                   for part, n in enumerate(shares))
+    return phase3_loss(model, batch, told, crowd, key[0])
+
+
+def after_step(model: NanoCTM, mixture: data.Mixture, report: dict, step: int, device: str) -> None:
+    """What moves without a gradient, after the optimizer's step only."""
+    if "y_out" in report:
+        apply_baseline(model, report, step)
+    if "key" in report:
+        apply_moment(model.ctm.key_moment, report["key"], int(step * carry_share))
+    if "due" in report:
+        apply_moment(model.ctm.due_moment, report["due"], step)
+    if phase == 3 and step + 1 == max_steps:
+        measure_moments(model, mixture, device)
+        settle_length(model, mixture, device)
 
 
 def main() -> None:
@@ -814,22 +857,7 @@ def main() -> None:
     if where == "cpu":
         torch.set_num_threads(1)                                    # more only pay on larger models
     torch.manual_seed(seed)                                         # same weights in every process
-    words = data.Tokenizer(tokenizer)
-    train_text, val_text, about = data.open_tokens(Path(text), words.n_vocab)
-    mixture, held_out = (data.Mixture(words, t, T, text_share, told_share, seed, split, curriculum)
-                         for t, split in ((train_text, "train"), (val_text, "held_out")))
-    model = build_model().to(where)
-    if words.n_vocab > model.backbone.config.vocab_size:
-        raise ValueError("expected a tokenizer of at most "
-                         f"{model.backbone.config.vocab_size} words, found {words.n_vocab}: "
-                         f"use the tokenizer that belongs to {base or 'vocab_size'}")
-    if model.ctm:                                                   # text to judge living writes by
-        windows = [train_text[i * (len(train_text) // 4):][:model.ctm.ordinary.shape[1]]
-                   .astype("int64") for i in range(4)]
-        model.ctm.ordinary.copy_(torch.from_numpy(np.stack(windows)))
-    model.checkpoint_ticks = checkpoint_ticks
-    if compile and model.ctm:
-        model.ctm.tick = torch.compile(model.ctm.tick)
+    model, mixture, held_out, text_sha256 = prepare(where)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(learning)
     folder, state = Path(out_dir), {"step": 0, "best": float("inf"), "processes": world,
@@ -837,7 +865,7 @@ def main() -> None:
     if resume:
         state = restore(model, optimizer, folder / "last", config) | {"config": config}
     log = Log(folder / "log.jsonl", rank, resume)
-    log.record({"run": header(config, world) | {"text_sha256": about["text_sha256"]}})
+    log.record({"run": header(config, world, where) | {"text_sha256": text_sha256}})
     log.say(f"phase {phase}: {sum(p.numel() for p in learning):,} parameters learn, "
             f"{sum(p.numel() for p in model.parameters() if not p.requires_grad):,} are frozen")
     autocast = torch.autocast(where, torch.bfloat16, enabled=where == "cuda")
@@ -856,38 +884,19 @@ def main() -> None:
             model.ctm.whiten()
         total = 0.0
         for micro in range(accumulation):
-            batch = mixture.batch(B, step, micro, rank)
+            batch = tensors(mixture.batch(B, step, micro, rank), where)
             tokens_read += int((batch[0] >= 0).sum()) * world
-            batch = tuple(torch.from_numpy(x).to(where) for x in batch)
             with autocast:
-                if phase == 3:
-                    shares = ((carry_facts, episode_facts - carry_facts + crowd_facts)
-                              if share_of_steps(carry_share, step)
-                              else (episode_facts, crowd_facts))
-                    told, crowd = (
-                        data.Episodes(*(torch.from_numpy(x).to(where)
-                                        for x in mixture.episodes(n, step, micro, rank, part)))
-                        for part, n in enumerate(shares))
-                    loss, report = phase3_loss(model, batch, told, crowd, step)
-                else:
-                    loss, report, _ = mixture_loss(model, batch, step)
+                loss, report = step_loss(model, mixture, batch, step, micro, rank)
             (loss / accumulation).backward()
             total += loss.item() / accumulation
-        average_gradients(learning, world)
+        average_gradients(learning)
         norm = torch.nn.utils.clip_grad_norm_(learning, clip)
         if not torch.isfinite(norm):
             raise ValueError(not_finite(f"loss {total} with gradient norm {norm}", step, folder))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if "y_out" in report:
-            apply_baseline(model, report, step, world)
-        if "key" in report:
-            apply_moment(model.ctm.key_moment, report["key"], int(step * carry_share), world)
-        if "due" in report:
-            apply_moment(model.ctm.due_moment, report["due"], step, world)
-        if phase == 3 and step + 1 == max_steps:
-            measure_moments(model, mixture, where)
-            settle_length(model, mixture, where)
+        after_step(model, mixture, report, step, where)
 
         done = step + 1
         busy, counted = busy + time.time() - clock, counted + 1     # norm, loss read: device done

@@ -291,10 +291,11 @@ def test_what_is_loaded_equals_what_was_saved_and_a_forgotten_session_was_never_
             for x, y in zip(again.factors[1], some_factors(small, 4, 3).rounded()))
 
 
-def test_every_way_to_the_same_sessions_ends_in_the_same_bits(small, tmp_path):
+def test_every_way_to_the_same_sessions_ends_in_the_same_bits(small, tmp_path, monkeypatch):
     """One by one, reopened half-way, imported at once, or with one between that was forgotten:
     blocks of 64 factors fall alike, also where the thirteenth and the seventeenth session tell anew
     what a whole block, and an open one, hold."""
+    monkeypatch.setattr("memory.BLOCK", 64)
     sessions = [some_factors(small, 10, seed) for seed in range(51)]
     sessions[12], sessions[16] = (again(small, sessions[1], 12),
                                   again(small, sessions[15], 16, of=3))

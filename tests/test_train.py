@@ -213,6 +213,7 @@ BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Huggi
        ("--phase=3", "--graft=out/tiny_phase2"),
        ("--write_rule=product", "expected write_rule 'sum' or 'solved'"),
        ("--B=0", "expected B of at least 1"),
+       ("--thinking_share=2", "expected thinking_share above 0 and at most 1"),
        ("--teacher=True --block=ffn", "expected teacher and ffn only where"),
        ("--ffn=nowhere", "expected weights at nowhere"),
        ("--device=gpu", "expected device cpu")]
