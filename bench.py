@@ -27,7 +27,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -50,9 +49,9 @@ from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Sto
                     about, bearings, compact_memory, compact_sessions, dopamine, engrams,
                     norm_ratio, output_change, read_session, salience, salience_logit, superseded)
 from model import (BackboneConfig, Cache, CTMBlock, NanoCTM, ThoughtConfig, Thought, block_module,
-                   coin_flips, flops_per_token, load_backbone, load_graft, mean_and_square,
+                   flops_per_token, load_backbone, load_graft, mean_and_square,
                    read_tensors, replies, save_backbone, save_graft, successors)
-from train import measure_moments
+from train import foremost, measure_moments, read_in_chunks
 
 # -----------------------------------------------------------------------------
 # settings
@@ -62,7 +61,6 @@ graft = "weights/graft.safetensors"         # the CTM block in its last layer
 control = "weights/ffn.safetensors"         # the backbone's FFN, trained further on the same tokens
 thinking = "weights/thinking.safetensors"   # block after phase 2: never learned to be written to
 picture = ""                                # of `memory`: file to plot recall by facts (matplotlib)
-folder = ""                                 # of `answer`, which `memory` starts as second process
 tokenizer = "weights"
 seeds = 3                                   # samples of text and questions; spread is over these
 rows = 24                                   # windows of held-out text per seed
@@ -73,6 +71,26 @@ full = False                                # all: depth or ticks?; opponents, a
 full_steps = 250                            # steps per arm and seed
 
 
+def one_process_each(tasks: int) -> ProcessPoolExecutor:
+    """As many new single-threaded processes, with these settings, as there are cores, or tasks."""
+    return ProcessPoolExecutor(min(tasks, os.cpu_count() or 1),
+                               multiprocessing.get_context("spawn"), initializer=begin,
+                               initargs=({k: globals()[k] for k in SETTINGS},))
+
+
+SETTINGS = ("base", "graft", "thinking", "tokenizer", "seeds", "rows", "T", "full_steps")
+
+
+def begin(settings: dict) -> None:
+    globals().update(settings)
+    torch.set_num_threads(1)
+
+
+def under(values: dict, prefix: str) -> dict:
+    """Those whose names begin so, without it."""
+    return {k.removeprefix(prefix): x for k, x in values.items() if k.startswith(prefix)}
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else 0.0}
 
@@ -80,16 +98,18 @@ def spread(values: list[float]) -> dict[str, float]:
 # -----------------------------------------------------------------------------
 # held-out text
 
+def tiny_text(words: data.Tokenizer, held_out: bool) -> np.ndarray:
+    """Token ids of the tiny world's text: what nothing learns from, or all the rest."""
+    docs = data.split_documents(data.tiny_documents())[held_out]
+    return np.array(words.encode("".join(d + "<|endoftext|>" for d in docs)))
+
+
 class HeldOut:
     """Windows of the tiny world's held-out text: (rows, T) tokens per seed,
     and the bytes that they stand for."""
 
     def __init__(self, words: data.Tokenizer):
-        docs = data.tiny_documents()
-        _, val = data.split_documents(docs)
-        self.sha256 = data.text_sha256(docs)
-        self.words, self.ids = words, np.array(
-            words.encode("".join(p + "<|endoftext|>" for p in val)))
+        self.words, self.ids = words, tiny_text(words, held_out=True)
 
     def windows(self, seed: int) -> Tensor:
         starts = np.random.default_rng(seed).integers(0, len(self.ids) - T, rows)
@@ -154,7 +174,8 @@ def text_figures(models: dict[str, NanoCTM], held_out: HeldOut, seed: int
     found["read_tick_entropy"] = float(torch.special.entr(shares).sum())
     found["halt_at"] = choose_threshold(of(tuning, "certainty"), of(tuning, "tick_nats"))
     short = think(models["graft"], tokens, found["halt_at"])
-    found["halt_ticks"] = float((of(short, "certainty") > -1).sum(-1).float().mean())
+    ticks = torch.cat([(t.certainty[:, :-1] > -1).sum(-1) for t in short])
+    found["halt_ticks"] = float(ticks.float().mean())
     found["halt_nats"] = float(of(short, "nats").mean())
     top = torch.cat([t.logits[:, :-1].softmax(-1).max(-1).values for t in thought])
     best = torch.cat([t.logits[:, :-1].argmax(-1) for t in thought])
@@ -167,7 +188,7 @@ def in_context_recall(model: NanoCTM, words: data.Tokenizer, n_facts: int, seed:
     """Share of held-out people answered for to the letter, asked in held-out words,
     generated freely and greedily."""
     prompts, facts = data.context_questions(data.FactWorld(seed, "held_out"), n_facts, questions)
-    said = [r for at in range(0, questions, 25) for r in replies(model, words, prompts[at:at + 25])]
+    said = [r for part in batches(prompts, 25) for r in replies(model, words, part)]
     return sum(map(data.is_recalled, said, facts)) / questions
 
 
@@ -189,12 +210,12 @@ def key_cosine_at_init(backbone: BackboneConfig, thought: ThoughtConfig, seed: i
 def cost_table(backbone: BackboneConfig, thought: ThoughtConfig) -> list[dict]:
     """FLOPs that the block adds per token, counted;
     and CPU microseconds of the block and of the trunk, measured."""
-    table = []
-    shapes = ([("base", {}, T)] + [(f"K={k}", {"ticks": k}, T) for k in (1, 2, 4, 16)]
-              + [(f"T={t}", {}, t) for t in (64, 128, 512)])
-    for name, change, length in shapes + [(f"D={d}", {"hidden_size": d}, T) for d in (64, 256)]:
-        b = replace(backbone, **{k: v for k, v in change.items() if k == "hidden_size"})
-        c = replace(thought, **{k: v for k, v in change.items() if k != "hidden_size"})
+    table, K, D = [], thought.ticks, backbone.hidden_size
+    shapes = [("base", K, T, D), *((f"K={k}", k, T, D) for k in (1, 2, 4, 16)),
+              *((f"T={t}", K, t, D) for t in (64, 128, 512)),
+              *((f"D={d}", K, T, d) for d in (64, 256))]
+    for name, ticks, length, width in shapes:
+        b, c = replace(backbone, hidden_size=width), replace(thought, ticks=ticks)
         model, tokens = NanoCTM(b, c), torch.randint(0, b.vocab_size, (2, length))
         with torch.no_grad():
             trunk = model.trunk(tokens)
@@ -247,19 +268,18 @@ def quality() -> dict:
     costs = cost_table(*shape)
     print_table(found, by_tick, recovered, costs)
     trained = sum(p.numel() for p in block_module(models["graft"]).parameters())
-    result = {k: value[k] for k in ("backbone_nats", "ffn_same_tokens_nats", "graft_nats",
-                                    "thinking_nats", "ffn_deleted_nats", "graft_bits_per_byte")}
+    result = {f"{name}_nats": value[f"{name}_nats"] for name in models}
+    result |= {k: value[k] for k in ("graft_bits_per_byte", "read_tick_entropy", "calibration_ece",
+                                     "key_cosine_at_init")}
     result |= {"recovered": recovered, "nats_by_tick": by_tick,
-               "read_tick_entropy": value["read_tick_entropy"],
                "read_tick_shares": np.mean([s["read_tick_shares"] for s in samples], 0).tolist(),
                "halting": {"mean_ticks": value["halt_ticks"], "nats": value["halt_nats"],
                            "halt": value["halt_at"]},
-               "calibration_ece": value["calibration_ece"], "text_sha256": held_out.sha256,
                "in_context_recall": {str(n): value[f"graft_recall_{n}"] for n in (2, 8)},
                "in_context_recall_backbone": {str(n): value[f"backbone_recall_{n}"]
                                               for n in (2, 8)},
                "questions": seeds * questions,
-               "key_cosine_at_init": value["key_cosine_at_init"], "trainable": trained,
+               "trainable": trained,
                "frozen": sum(p.numel() for p in models["graft"].backbone.parameters()),
                "sd": {k: v["sd"] for k, v in found.items()}, "cost": costs}
     return result | ({"depth_or_ticks": depth_or_ticks()} if full else {})
@@ -287,7 +307,7 @@ def depth_or_ticks() -> dict:
     result = {"flops_per_token": {"ticks": thinker, "depth": cost(layers, False)},
               "steps": full_steps}
     with one_process_each(2 * seeds) as pool:
-        runs = {arm: [pool.submit(train_from_nothing, config, c, block, seed, tokenizer, full_steps)
+        runs = {arm: [pool.submit(train_from_nothing, config, c, block, seed)
                       for seed in range(seeds)]
                 for arm, (config, block) in arms.items()}
         for arm, done in runs.items():
@@ -296,15 +316,7 @@ def depth_or_ticks() -> dict:
     return result
 
 
-def one_process_each(tasks: int) -> ProcessPoolExecutor:
-    """As many single-threaded processes as there are cores, or tasks."""
-    return ProcessPoolExecutor(min(tasks, os.cpu_count() or 1),
-                               multiprocessing.get_context("spawn"),
-                               initializer=torch.set_num_threads, initargs=(1,))
-
-
-def train_from_nothing(config: BackboneConfig, c: ThoughtConfig, block: str, seed: int,
-                       tokenizer: str, full_steps: int) -> float:
+def train_from_nothing(config: BackboneConfig, c: ThoughtConfig, block: str, seed: int) -> float:
     """Held-out nats per token after so many steps of 8 windows, everything learning."""
     words = data.Tokenizer(tokenizer)
     train, val = (words.encode("".join(pieces))
@@ -357,11 +369,11 @@ class Mind:
     """The model with its words: told sessions, asked questions.
     Everything greedy, everybody held out."""
 
-    def __init__(self, name: str = "", **settings):
-        self.model, self.words = (
-            load_graft(base, Path(name or graft)).eval().requires_grad_(False),
-            data.Tokenizer(tokenizer))
-        self.ctm, self.settings = self.model.ctm, settings          # of SessionMemory
+    def __init__(self, name: str = "", shape: dict = {}, **settings):
+        """shape: changes of ThoughtConfig; settings of SessionMemory."""
+        self.model = load_graft(base, Path(name or graft), **shape).eval().requires_grad_(False)
+        self.words, self.ctm, self.settings = data.Tokenizer(tokenizer), self.model.ctm, settings
+        self.flops = flops_per_token(self.model.backbone.config, self.ctm.config, T)
 
     def told(self, sessions: list[str]) -> list[tuple[Factors, Snapshot, int]]:
         """Read each text as one session, side by side:
@@ -384,40 +396,32 @@ class Mind:
 
     def ask(self, questions: list[str], plastic: Plastic | None | list[Plastic] = None,
             before: list[str] | None = None) -> list[str]:
-        """Each question in a fresh context, with one memory for all or one for each; after
-        `before`, in the same context. Nothing is carried on the way: a question and its answer are
-        about a chunk, and what stands in the prompt is in sight."""
-        prompts = [b + data.user_turn(q)
-                   for q, b in zip(questions, before or [""] * len(questions))]
+        """Each question in a fresh context, with one memory, or a list of them that serve equal
+        runs of the questions; after `before`, shared alike, in the same context. Nothing is carried
+        on the way: a question and its answer are about a chunk, and what stands in the prompt is in
+        sight."""
+        def its(given: list, i: int):
+            return given[i * len(given) // len(questions)]
+        prompts = [its(before or [""], i) + data.user_turn(q) for i, q in enumerate(questions)]
         said: dict[int, str] = {}
         for part in batches(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), 50):
-            each = [plastic[i] for i in part] if isinstance(plastic, list) else None
+            each = [its(plastic, i) for i in part] if isinstance(plastic, list) else None
             weight = (torch.stack([p.weight.float() for p in each]) if each
                       else plastic.weight.float() if plastic else None)
             said |= zip(part, replies(self.model, self.words, [prompts[i] for i in part], 16,
                                       plastic=weight))
         return [said[i] for i in range(len(prompts))]
 
-    def recall(self, world: data.FactWorld, facts: list[data.Fact], plastic,
-               held_out: bool = True) -> float:
-        return mean(map(data.is_recalled,
-                        self.ask([world.ask(f, held_out) for f in facts], plastic), facts))
-
-
-def expanded(mind: Mind, expand: int) -> Mind:
-    """The same block, whose memory reads another number of features."""
-    ctm = mind.ctm
-    ctm.config = replace(ctm.config, expand=expand)
-    ctm.signs = coin_flips(expand, ctm.config.sync)
-    ctm.whiten()
-    return mind
+    def recall(self, world: data.FactWorld, facts: list[data.Fact], plastic) -> float:
+        asked = [world.ask(f, held_out=True) for f in facts]
+        return mean(map(data.is_recalled, self.ask(asked, plastic), facts))
 
 
 def doubled(words: data.Tokenizer) -> Mind:
     """The block with as many pairs of neurons again, drawn by chance and never trained: memory
     reads them all, c_proj, the query and salience the old ones alone. What keys show on text and on
     facts is measured anew, as phase 3 does at its end."""
-    mind, (docs, _) = Mind(), data.split_documents(data.tiny_documents())
+    mind = Mind()
     known, S = mind.ctm, mind.ctm.config.sync
     wide = CTMBlock(len(known.start_z), replace(known.config, sync=2 * S), known.eps)
     state = wide.requires_grad_(False).state_dict()                 # its tensors, not copies
@@ -426,8 +430,7 @@ def doubled(words: data.Tokenizer) -> Mind:
             state[name].zero_()
         state[name][*map(slice, value.shape)] = value
     mind.model.ctm = mind.ctm = wide.eval()
-    text = np.array(words.encode("".join(d + "<|endoftext|>" for d in docs)))
-    mixture = data.Mixture(words, text, T, 0.7, 0.15, 0, "train", 0)
+    mixture = data.Mixture(words, tiny_text(words, held_out=False), T, 0.7, 0.15, 0, "train", 0)
     seen, square = mean_and_square(
         mind.model.ticks(*mind.model.trunk(torch.from_numpy(mixture.batch(rows, 0)[0]))))
     wide.baseline[:, S:], wide.variance[:, S:] = seen[:, S:], (square - seen ** 2)[:, S:]
@@ -477,6 +480,23 @@ class Sample:
     def whole(self) -> Plastic:
         return self.mind.write(self.factors)
 
+    @functools.cached_property
+    def edits(self) -> "Edits":
+        return Edits(self)
+
+    def known(self, plastic: Plastic | None, mind: Mind | None = None) -> list[bool]:
+        """Which of the facts are recalled, asked in other words."""
+        said = (mind or self.mind).ask(self.asked["paraphrase"], plastic)
+        return list(map(data.is_recalled, said, self.facts))
+
+    def told_in(self, which: list[int], alone: list, tens: list) -> list:
+        """What belongs to the sessions in which these facts were told: one alone, or tens."""
+        return ([alone[i] for i in which] if len(which) == 1
+                else tens[which[0] // 10:which[-1] // 10 + 1])
+
+    def told_to(self, which: list[int]) -> list[str]:
+        return self.told_in(which, self.texts[1], self.texts[10])
+
     def questions(self, which: list[int]) -> list[str]:
         return [self.asked[kind][i] for kind in self.asked for i in which]
 
@@ -499,6 +519,12 @@ class Sample:
             right["anybodys"].append(any(of_value.values()))
             right["unknown"].append(data.is_recalled(reply, stranger))
         return right
+
+    def graded_together(self, groups: list[list[int]], replies: list[str]) -> dict[str, list[bool]]:
+        """The same of several groups, whose `questions` were asked one group after the other."""
+        each = [self.graded(which, said) for which, said
+                in zip(groups, batches(replies, len(replies) // len(groups)))]
+        return {kind: [x for graded in each for x in graded[kind]] for kind in each[0]}
 
 
 def draw(found: dict[str, dict], file: str) -> None:
@@ -537,78 +563,62 @@ def difference_interval(won: float, lost: float, n: int, z: float = 1.96) -> lis
     return [won - lost - half, won - lost + half]
 
 
-def after_restart(mind: Mind, folder: Path, stores: list[tuple[list, list[str]]]
-                  ) -> list[list[str]]:
-    """Commit sessions to a store each, then let a new process open them and answer;
-    -> the replies, store by store."""
+def after_restart(mind: Mind, stores: list[list[tuple]], questions: list[str]) -> list[str]:
+    """Commit sessions to a store each, then let a new process open them and answer, each store an
+    equal run of the questions."""
     text = OrdinaryText(mind.model)
-    for i, (sessions, _) in enumerate(stores):
-        with Store(folder / str(i), mind.model, max_drift=math.inf, text=text) as store:
-            for factors, snapshot, tokens in sessions:
-                store.commit(factors, snapshot, tokens)
-    (folder / "questions.json").write_text(json.dumps([asked for _, asked in stores]))
-    answered = subprocess.run([sys.executable, __file__, "answer", f"--folder={folder}",
-                               f"--base={base}", f"--graft={graft}", f"--tokenizer={tokenizer}"],
-                              capture_output=True, text=True)
-    if answered.returncode:
-        raise ValueError("expected answers from a second process, found exit "
-                         f"{answered.returncode}: {answered.stderr.strip()[-200:]}")
-    return json.loads((folder / "answers.json").read_text())
+    with tempfile.TemporaryDirectory() as where:
+        folders = [Path(where) / str(i) for i in range(len(stores))]
+        for folder, sessions in zip(folders, stores):
+            with Store(folder, mind.model, max_drift=math.inf, text=text) as store:
+                for left in sessions:
+                    store.commit(*left)
+        with one_process_each(1) as pool:
+            return pool.submit(answers, folders, questions).result()
 
 
-def answer() -> dict:
-    """What the second process does: open each store, ask, write down the replies.
-    Nothing else is known to it."""
-    mind, asked, known = Mind(), json.loads((Path(folder) / "questions.json").read_text()), []
-    for i in range(len(asked)):
-        with Store(Path(folder) / str(i), mind.model, read_only=True) as store:
+def answers(folders: list[Path], questions: list[str]) -> list[str]:
+    """What the second process does: open each store, and ask. Nothing else is known to it."""
+    mind, known = Mind(), []
+    for folder in folders:
+        with Store(folder, mind.model, read_only=True) as store:
             known.append(Plastic(store.plastic()))
-    said = iter(mind.ask(sum(asked, []),
-                         [p for p, questions in zip(known, asked) for _ in questions]))
-    (Path(folder) / "answers.json").write_text(
-        json.dumps([[next(said) for _ in questions] for questions in asked]))
-    return {"stores": len(known), "text_sha256": ""}
+    return mind.ask(questions, known)
 
 
 def restart_figures(s: Sample) -> dict:
     """Recall at N = 1, 10, 100, in a new process; how often a stranger is given the fact
     of the one of nearly the same name, or anybody's."""
-    everybody = list(range(len(s.facts)))
-    plan = {"1": [([left], [i]) for i, left in enumerate(s.singles)],
-            "10": [([left], which) for left, which in zip(s.left, batches(everybody, 10))],
-            "100": [(s.left, everybody)]}
-    found = {}
-    for n, stores in plan.items():
-        with tempfile.TemporaryDirectory() as where:
-            said = after_restart(s.mind, Path(where),
-                                 [(left, s.questions(which)) for left, which in stores])
-        graded = [s.graded(which, given) for (_, which), given in zip(stores, said)]
-        found |= {f"{n}_{kind}": mean(x for g in graded for x in g[kind]) for kind in graded[0]}
+    found, everybody = {}, list(range(len(s.facts)))
+    for n, stores in ((1, [[left] for left in s.singles]), (10, [[left] for left in s.left]),
+                      (100, [s.left])):
+        groups = batches(everybody, n)
+        said = after_restart(s.mind, stores, [q for which in groups for q in s.questions(which)])
+        found |= {f"{n}_{kind}": mean(xs) for kind, xs in s.graded_together(groups, said).items()}
     return found
 
 
-def neighbour_figures(mind: Mind, world: data.FactWorld, relation: str) -> dict:
+def neighbour_figures(s: Sample) -> dict:
     """What ten people of one relation lose when 1, 10 and 100 others of the same relation
     are told after them."""
-    facts = world.population(110, [relation])
+    mind, world = s.mind, s.world
+    facts = world.population(110, [sorted(data.RELATIONS)[s.seed % len(data.RELATIONS)]])
     left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
     ones = mind.factors([session_text(world, part[:1]) for part in batches(facts, 10)])
     after = {"0": lambda j: [], "1": lambda j: [ones[j + 1]], "10": lambda j: [left[j + 1]],
              "100": lambda j: left[:j] + left[j + 1:]}
-    states = {n: [mind.write([left[j], *others(j)]) for j in range(10)]
-              for n, others in after.items()}
-    known = {n: mind.recall(world, facts[:100], [w for w in ws for _ in range(10)])
-             for n, ws in states.items()}
+    known = {n: mind.recall(world, facts[:100],
+                            [mind.write([left[j], *others(j)]) for j in range(10)])
+             for n, others in after.items()}
     return {f"{n}_neighbour_drop": known["0"] - known[n] for n in ("1", "10", "100")}
 
 
-def order_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact],
-                  left: list[Factors], text: OrdinaryText) -> dict:
+def order_figures(s: Sample) -> dict:
     """First of ten sessions, each session having been first; denials; the model's own guesses;
     facts that change, and facts told three times, also with nothing superseded."""
+    mind, world, facts, left = s.mind, s.world, s.facts, s.factors
     parts = batches(facts, 10)
-    first = mind.recall(world, facts,
-                        [w for j in range(10) for w in [mind.write(left[j:] + left[:j])] * 10])
+    first = mind.recall(world, facts, [mind.write(left[j:] + left[:j]) for j in range(10)])
     changed = [world.another_value(f) for f in facts]
     anew = mind.factors([session_text(world, part) for part in batches(changed, 10)])
     again = mind.factors([session_text(world, part) for _ in range(2) for part in parts])
@@ -624,7 +634,7 @@ def order_figures(mind: Mind, world: data.FactWorld, facts: list[data.Fact],
         found |= {f"changed{kind}": mean(map(data.is_recalled, said, changed)),
                   f"old{kind}": mean(map(data.is_recalled, said, facts)),
                   f"retold{kind}": mind.recall(world, facts, thrice),
-                  f"retold{kind}_text": text.nats(thrice.weight) / text.nats(None)}
+                  f"retold{kind}_text": s.nats(thrice) / s.nats(None)}
     return found
 
 
@@ -638,10 +648,10 @@ def own_guess(mind: Mind, world: data.FactWorld, fact: data.Fact) -> Factors:
     return session.close()[0]
 
 
-def capacity_figures(mind: Mind, world: data.FactWorld) -> dict:
+def capacity_figures(s: Sample) -> dict:
     """Recall of 100 of the facts told so far, in sessions of 10, as they become more; of the most
     also with nothing that was written before protected."""
-    S = mind.ctm.config.sync
+    mind, world, S = s.mind, s.world, s.mind.ctm.config.sync
     most = len(world.names) * len(data.RELATIONS)                   # all that can be said of people
     sizes = sorted({min(n, most) for n in (S // 8, S // 4, S // 2, S, 2 * S, 4 * S)})
     facts, found = world.population(sizes[-1]), {}
@@ -664,12 +674,8 @@ def arm_figures(s: Sample) -> dict:
     found["off_unknown"] = mind.recall(world, [f._replace(value=data.UNKNOWN) for f in facts], None)
     for n in (1, 10):
         groups = batches(list(range(len(facts))), n)
-        asked = [s.questions(which) for which in groups]
-        said = iter(mind.ask(sum(asked, []), None, [
-            text for text, questions in zip(s.texts[n], asked) for _ in questions]))
-        graded = [s.graded(which, [next(said) for _ in questions])
-                  for which, questions in zip(groups, asked)]
-        right = {kind: mean(x for g in graded for x in g[kind]) for kind in graded[0]}
+        said = mind.ask([q for which in groups for q in s.questions(which)], None, s.texts[n])
+        right = {kind: mean(xs) for kind, xs in s.graded_together(groups, said).items()}
         found[f"in_context_{n}"] = right["paraphrase"]
         found |= {f"in_context_{n}_{kind}": right[kind]
                   for kind in ("near_miss", "anybodys", "unknown", "elsewhere_unknown")}
@@ -684,8 +690,7 @@ def arm_figures(s: Sample) -> dict:
     for n in (1, 10, 100):
         lied = mind.factors([session_text(world, part) for part in batches(lies, min(n, 10))])
         groups = [lied] if n == 100 else [[f] for f in lied]
-        found[f"deranged_{n}"] = mind.recall(
-            world, facts, [w for group in groups for w in [mind.write(group)] * n])
+        found[f"deranged_{n}"] = mind.recall(world, facts, list(map(mind.write, groups)))
     return found
 
 
@@ -732,7 +737,7 @@ class FineTuning:
     def flops(self) -> int:
         """The sessions are read once; each pass then goes forward and back through the head, which
         does not learn, and through the tensor, which alone does: 4 D S a token."""
-        f = flops_per_token(self.mind.model.backbone.config, self.mind.ctm.config, T)
+        f = self.mind.flops
         each = 2 * f["head"] + 4 * self.weight.numel()
         return self.tokens * (f["trunk"] + f["block"] + self.passes * each)
 
@@ -744,31 +749,35 @@ def fine_tune_figures(s: Sample) -> dict:
 
     N = 1: ten models with a fact each, N = 10: three with ten, N = 100: one.
     """
-    mind, found = expanded(Mind(), 0), {}
+    mind, found = Mind(shape={"expand": 0}), {}
     text = OrdinaryText(mind.model, s.windows[:8])
-    for n, models in ((1, 10), (10, 3), (100, 1)):
+    for n, models in MODELS.items():
         chosen = s.facts[:n * models]
-        groups = [[text] for text in s.texts[n][:models]] if n < 100 else [s.texts[10]]
-        def recall(tuned: list[FineTuning]) -> float:
-            return mind.recall(s.world, chosen, [p for t in tuned for p in [t.plastic()] * n])
-        def trained(lr: float, stops: tuple[int, ...]) -> dict[str, float]:
-            tuned, best = [FineTuning(mind, group, lr) for group in groups], {"": -1.0}
+        groups = [s.told_to(which) for which in batches(list(range(n * models)), n)]
+
+        def runs(lr: float, stops: tuple[int, ...]):
+            """-> recall, weight, passes and FLOPs of the first model, at each stop."""
+            tuned = [FineTuning(mind, group, lr) for group in groups]
             for until in stops:
                 for t in tuned:
                     while t.passes < until:
                         t.one_pass()
-                if (known := recall(tuned)) > best[""]:
-                    best = {"": known, "_text_nats": text.nats(tuned[0].weight.detach()),
-                            "_passes": float(until), "_flops": float(tuned[0].flops())}
+                plastics = [t.plastic() for t in tuned]
+                known = mind.recall(s.world, chosen, plastics)
+                yield known, plastics[0].weight, until, tuned[0].flops()
                 if known >= 0.95:
-                    break
-            return best
+                    return
         for name, rates, stops in (
                 ("fine_tune", (0.03, 0.1, 0.3, 1.0), (1,)),
                 ("fine_tune_to_95", (0.03, 0.1, 0.3), (1, 3, 10, 30))):
-            best = max((trained(lr, stops) for lr in rates), key=lambda run: run[""])
-            found |= {f"{name}_{n}{figure}": value for figure, value in best.items()}
+            known, weight, passes, flops = max((run for lr in rates for run in runs(lr, stops)),
+                                               key=lambda run: run[0])
+            found |= {f"{name}_{n}": known, f"{name}_{n}_text_nats": text.nats(weight),
+                      f"{name}_{n}_passes": float(passes), f"{name}_{n}_flops": float(flops)}
     return found
+
+
+MODELS = {1: 10, 10: 3, 100: 1}             # of N facts each, where a model is slow to teach
 
 
 def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
@@ -777,8 +786,7 @@ def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
     triangular solves within a session, n (F + D) per factor, are left out: n is a hundredth of F;
     Fourier transforms, a tenth of a feature's products, too."""
     S, (D, width) = mind.ctm.config.sync, Plastic.blank(mind.ctm).weight.shape
-    n, f = sum(len(f.keys) for f in factors), flops_per_token(mind.model.backbone.config,
-                                                              mind.ctm.config, T)
+    n, f = sum(len(f.keys) for f in factors), mind.flops
     return (tokens * (f["trunk"] + f["block"] + f["head"]) + 4 * S ** 3
             + n * (4 * S * S + 4 * width * D) + 2 * width * n * n)
 
@@ -789,17 +797,10 @@ def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
 def nats_after_cut(mind: Mind, tokens: Tensor, start: Tensor | None, skip: int = 0) -> float:
     """Nats of tokens (B, T) read as sessions in a fresh context from the sync `start`,
     without the first `skip` positions."""
-    session, cache, found, at, following = (
-        SessionMemory(mind.model, len(tokens)), Cache(), [], 0, successors(tokens))
+    session = SessionMemory(mind.model, len(tokens))
     session.start(start)
-    while at < tokens.shape[1]:
-        part = slice(at, at + session.room())
-        thought = mind.model(tokens[:, part], cache, m=session.m)
-        session.observe(thought, following[:, part])
-        found.append(mind.model.score(thought.at_read_tick(thought.hidden),
-                                      following[:, part].clamp(min=0))[1])
-        cache, at = thought.cache, part.stop
-    return float(torch.cat(found, 1)[:, skip:-1].mean())
+    nats = [thought.nats for thought in read_in_chunks(mind.model, tokens, session)]
+    return float(torch.cat(nats, 1)[:, skip:-1].mean())
 
 
 def carry_figures(mind: Mind, tokens: Tensor, seen: int = 32) -> dict:
@@ -829,24 +830,21 @@ def write_cost(mind: Mind, texts: list[str]) -> dict:
     of reading them just before: the median of five pairs, since one CPU is not as fast all the
     time; milliseconds of making the empty memory, which a process does once."""
     ids = [torch.tensor([mind.words.encode(t)]) for t in texts]
-    def read(threshold: float | None) -> None:
-        pointing: list[Tensor] = []
-        if threshold is not None:
-            plastic = Plastic.blank(mind.ctm)
+    def reading() -> None:
         for tokens in ids:
-            session = SessionMemory(mind.model, 1,
-                                    threshold=1.1 if threshold is None else threshold)
-            session.read(tokens, Cache())
-            if threshold is not None:
-                factors = session.close()[0]
-                pointing.append(bearings(mind.ctm, factors))
-                superseded(pointing, WriteRule().near, len(pointing) - 1)   # its time
-                plastic = compact_memory(mind.ctm, plastic, factors)
+            SessionMemory(mind.model, 1, threshold=1.1).read(tokens, Cache())   # nothing is marked
+    def writing() -> None:
+        pointing, plastic = [], Plastic.blank(mind.ctm)
+        for tokens in ids:
+            factors = read_session(mind.model, tokens)[1][0]
+            pointing.append(bearings(mind.ctm, factors))
+            superseded(pointing, WriteRule().near, len(pointing) - 1)           # its time
+            plastic = compact_memory(mind.ctm, plastic, factors)
     def empty() -> None:
         mind.ctm.rooms.clear()
         Plastic.blank(mind.ctm)
     with torch.no_grad():
-        pairs = [[cpu_seconds(lambda: read(t), 1) for t in (None, 0.5)] for _ in range(5)]
+        pairs = [[cpu_seconds(work, 1) for work in (reading, writing)] for _ in range(5)]
         return {"write_cost_ratio": median(both / alone for alone, both in pairs),
                 "empty_memory_ms": 1000 * cpu_seconds(empty)}
 
@@ -861,55 +859,48 @@ def written_figures(s: Sample) -> dict:
         "write_flops": float(write_flops(mind, s.factors, sum(n for _, _, n in s.left)))}
 
 
-PARTS = {"restart": written_figures,
-         "neighbours": lambda s: neighbour_figures(
-             s.mind, s.world, sorted(data.RELATIONS)[s.seed % len(data.RELATIONS)]),
-         "order": lambda s: order_figures(s.mind, s.world, s.facts, s.factors, s.ordinary),
-         "capacity": lambda s: capacity_figures(s.mind, s.world),
-         "arms": lambda s: arm_figures(s), "fine_tune": lambda s: fine_tune_figures(s),
-         "carry": lambda s: (carry_figures(s.mind, s.windows) | write_cost(s.mind, s.texts[10])
-                             | {"untrained_100": untrained_recall(s)})}
-SAMPLE_SETTINGS = ("base", "graft", "thinking", "tokenizer", "seeds", "rows", "T")
+def carry_part(s: Sample) -> dict:
+    return (carry_figures(s.mind, s.windows) | write_cost(s.mind, s.texts[10])
+            | {"untrained_100": untrained_recall(s)})
+
+
+PARTS = {"restart": written_figures, "neighbours": neighbour_figures, "order": order_figures,
+         "capacity": capacity_figures, "arms": arm_figures, "fine_tune": fine_tune_figures,
+         "carry": carry_part}
 
 
 def measured(parts: dict) -> dict[str, list[float]]:
     """Every figure of the parts, as a list over seeds. With --full each part is kept as it ends,
     so that an interrupted run goes on."""
-    settings = {k: globals()[k] for k in SAMPLE_SETTINGS}
     made_of = [Path(__file__).with_name(f"{name}.py")
-               for name in ("bench", "data", "memory", "model")] + [Path(graft), Path(thinking)]
+               for name in ("bench", "data", "memory", "model", "train")]
+    made_of += [Path(graft), Path(thinking)]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in made_of)
-                            + json.dumps(settings).encode()).hexdigest()[:12]
-    kept = Path("out/bench_memory") / digest
-    files = {(name, seed): kept / f"{name}-{seed}.json" for name in parts for seed in range(seeds)}
-    found = {task: json.loads(file.read_text()) if full and file.exists() else None
-             for task, file in files.items()}
-    with (one_process_each(len(found)) as pool,
-          tqdm(total=len(found), initial=sum(x is not None for x in found.values()),
-               unit="part") as bar):
-        runs = {pool.submit(part_of, *task, settings): task
-                for task, x in found.items() if x is None}
-        for run in as_completed(runs):
-            task = runs[run]
-            found[task] = run.result()
-            bar.set_postfix_str("{} of seed {}".format(*task))
-            bar.update()
-            if full:
-                kept.mkdir(parents=True, exist_ok=True)
-                fresh = files[task].with_suffix(".new")
-                fresh.write_text(json.dumps(found[task]))
-                fresh.replace(files[task])
+                            + json.dumps([globals()[k] for k in SETTINGS]).encode())
+    kept = Path("out/bench_memory") / digest.hexdigest()[:12]
+    tasks = [(name, seed) for name in parts for seed in range(seeds)]
+    with one_process_each(len(tasks)) as pool:
+        runs = {pool.submit(part_of, *task, kept / "{}-{}.json".format(*task) if full else None):
+                task for task in tasks}
+        found = {runs[run]: run.result()
+                 for run in tqdm(as_completed(runs), total=len(runs), unit="part")}
     return {k: [found[name, seed][k] for seed in range(seeds)]
             for name in parts for k in found[name, 0]}
 
 
-def part_of(name: str, seed: int, settings: dict) -> dict:
-    """One part of one seed's figures, whatever this process measured before."""
-    globals().update(settings)
+def part_of(name: str, seed: int, file: Path | None) -> dict:
+    """One part of one seed's figures, whatever this process measured before; kept in `file`."""
+    if file and file.exists():
+        return json.loads(file.read_text())
     sample, dice = sample_of(seed)
     sample.world.rng.setstate(dice)
     torch.manual_seed(seed)
-    return (PARTS | FULL_PARTS)[name](sample)
+    found = (PARTS | FULL_PARTS)[name](sample)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".new").write_text(json.dumps(found))
+        file.with_suffix(".new").replace(file)
+    return found
 
 
 @functools.cache
@@ -938,16 +929,7 @@ def memory() -> dict:
                          "pip install matplotlib")
     found = {k: spread(xs) for k, xs in measured(PARTS | (FULL_PARTS if full else {})).items()}
     v = {k: x["mean"] for k, x in found.items()}
-    print(f"{'figure':28s} {'mean':>12s} {'sd':>8s}   95 % interval of a share")
-    for name, x in found.items():
-        asked_of_all = (name.endswith(("direct", "paraphrase", "near_miss", "anybodys", "unknown"))
-                        or name.removesuffix("_all_kept") in ("changed", "old", "retold")
-                        or name in ("retention", "negation", "own_guess"))
-        opponent = re.match(f"(?:{'|'.join(OPPONENTS)})_(10?)_", name)      # asked less often
-        n = {"1": 10, "10": 30}[opponent[1]] if opponent else 100
-        inside = (" .. ".join(f"{b:.3f}" for b in wilson(x["mean"], n * seeds))
-                  if asked_of_all else "")
-        print(f"{name:28s} {x['mean']:12.4f} {x['sd']:8.4f}   {inside}")
+    print_figures(found)
     if picture:
         draw(found, picture)
     if picture and full:
@@ -955,35 +937,41 @@ def memory() -> dict:
     cells = {"direct": "direct", "paraphrase": "paraphrase", "neighbour_drop": "neighbour_drop",
              "near_miss_false": "near_miss", "near_miss_anybodys": "anybodys",
              "near_miss_unknown": "unknown", "elsewhere_unknown": "elsewhere_unknown"}
-    recall = {n: {cell: v[f"{n}_{name}"] for cell, name in cells.items()}
-              for n in ("1", "10", "100")}
-    arms = {name: {k[len(name) + 1:]: x for k, x in v.items()
-                   if k.startswith(name + "_") and (name != "fine_tune" or "_to_95" not in k)}
-            for name in ("off", "in_context", "random", "deranged", "fine_tune", "fine_tune_to_95",
-                         "untrained")}
+    arms = {name: under(v, f"{name}_") for name in (
+        "off", "in_context", "random", "deranged", "fine_tune", "fine_tune_to_95", "untrained")}
+    arms["fine_tune"] = {k: x for k, x in arms["fine_tune"].items() if not k.startswith("to_95")}
     arms["in_context"]["100"] = None                                # too many for the tiny context
     more = full_figures(found) if full else {}
-    return more | {
-        "recall": recall,
-        "capacity": {k[9:]: x for k, x in v.items() if k.startswith("capacity_")},
-        "past_unprotected": v["past_unprotected"],
-        "changed_fact": v["changed"], "old_fact": v["old"], "negation_false": v["negation"],
-        "told_three_times": {"recall": v["retold"], "text": v["retold_text"]},
-        "nothing_superseded": {"changed_fact": v["changed_all_kept"], "old_fact": v["old_all_kept"],
-                               "told_three_times": {"recall": v["retold_all_kept"],
-                                                    "text": v["retold_all_kept_text"]}},
-        "own_guess_recalled": v["own_guess"], "retention_first_of_10_sessions": v["retention"],
-        "arms": arms | more.get("arms", {}), "text_nats_before": v["text_nats_before"],
-        "text_nats_after": v["text_nats_after"], "output_change": v["output_change"],
-        "weight_norm_ratio": v["weight_norm_ratio"],
-        "carry": {k: v[f"carry_{k[5:]}"] for k in ("nats_with", "nats_without", "nats_shuffled")},
-        "warm_start": {k: v[f"warm_{k[5:]}"] for k in ("nats_nearest", "nats_cold", "nats_wrong")},
-        "write_cost_ratio": v["write_cost_ratio"], "write_flops": v["write_flops"],
-        "empty_memory_ms": v["empty_memory_ms"],
-        "factors_per_fact": v["factors_per_fact"],
+
+    def told_again(kind: str) -> dict:
+        return {"changed_fact": v[f"changed{kind}"], "old_fact": v[f"old{kind}"],
+                "told_three_times": {"recall": v[f"retold{kind}"], "text": v[f"retold{kind}_text"]}}
+    return more | told_again("") | {
+        "recall": {n: {cell: v[f"{n}_{name}"] for cell, name in cells.items()}
+                   for n in ("1", "10", "100")},
+        "capacity": under(v, "capacity_"), "nothing_superseded": told_again("_all_kept"),
+        "negation_false": v["negation"], "own_guess_recalled": v["own_guess"],
+        "retention_first_of_10_sessions": v["retention"], "arms": arms | more.get("arms", {}),
+        "carry": {f"nats_{k}": x for k, x in under(v, "carry_").items()},
+        "warm_start": {f"nats_{k}": x for k, x in under(v, "warm_").items()},
+        **{k: v[k] for k in ("past_unprotected", "text_nats_before", "text_nats_after",
+                             "output_change", "weight_norm_ratio", "write_cost_ratio",
+                             "write_flops", "empty_memory_ms", "factors_per_fact")},
         "S": load_graft(base, Path(graft)).ctm.config.sync, "questions": 100 * seeds,
-        "text_sha256": HeldOut(data.Tokenizer(tokenizer)).sha256,
         "sd": {k: x["sd"] for k, x in found.items()}}
+
+
+def print_figures(found: dict[str, dict]) -> None:
+    print(f"{'figure':28s} {'mean':>12s} {'sd':>8s}   95 % interval of a share")
+    for name, x in found.items():
+        asked_of_all = (name.endswith(("direct", "paraphrase", "near_miss", "anybodys", "unknown"))
+                        or name.removesuffix("_all_kept") in ("changed", "old", "retold")
+                        or name in ("retention", "negation", "own_guess"))
+        opponent = re.match(f"(?:{'|'.join(OPPONENTS)})_(1|10|100)_", name)
+        n = MODELS[int(opponent[1])] * int(opponent[1]) if opponent else 100
+        inside = (" .. ".join(f"{b:.3f}" for b in wilson(x["mean"], n * seeds))
+                  if asked_of_all else "")
+        print(f"{name:28s} {x['mean']:12.4f} {x['sd']:8.4f}   {inside}")
 
 
 # -----------------------------------------------------------------------------
@@ -1012,30 +1000,26 @@ def changed(model: NanoCTM, change: dict[str, Tensor]):
             weights[name].data = kept[name]
 
 
-def opponent_figures(s: Sample, name: str, learn, sweep: tuple = (None,)) -> dict:
-    """learn(s, which facts, setting) -> Taught; the setting that recalls most of these very facts
-    is the one reported.
-
-    N = 1: ten models with a fact each, N = 10: three with ten, N = 100: one; so 10, 30 and 100
-    questions a seed. lost_to_more: what the thirty facts of N = 10 lose at N = 100.
-    """
-    found, known = {}, {}
-    for n, models in ((1, 10), (10, 3), (100, 1)):
+def opponent_figures(s: Sample, name: str) -> dict:
+    """What one of OPPONENTS makes of MODELS; of its settings, the one that recalls most of these
+    very facts is reported. So 10, 30 and 100 questions a seed. lost_to_more: what the thirty facts
+    of N = 10 lose at N = 100."""
+    (learn, sweep), found, known = OPPONENTS[name], {}, {}
+    for n, models in MODELS.items():
         groups, tried = batches(list(range(n * models)), n), []
         for setting in sweep:
-            graded, nats, flops = [], [], []
+            said, nats, flops = [], None, []
             for which in groups:
                 taught = learn(s, which, setting)
                 with changed(s.mind.model, taught.change):
-                    graded.append(s.graded(which,
-                        s.mind.ask(s.questions(which), taught.plastic, taught.before)))
-                    if len(nats) < 1:  # of the first model: each costs a reading of the text
+                    said += s.mind.ask(s.questions(which), taught.plastic, taught.before)
+                    if nats is None:  # of the first model: each costs a reading of the text
                         text = (OrdinaryText(s.mind.model, s.windows[:8]) if taught.change
                                 else s.ordinary)
-                        nats.append(text.nats(taught.plastic and taught.plastic.weight))
+                        nats = text.nats(taught.plastic and taught.plastic.weight)
                 flops.append(taught.flops)
-            right = {kind: [x for g in graded for x in g[kind]] for kind in graded[0]}
-            tried.append((mean(right["paraphrase"]), right, nats[0], mean(flops)))
+            right = s.graded_together(groups, said)
+            tried.append((mean(right["paraphrase"]), right, nats, mean(flops)))
         _, right, nats, flops = max(tried, key=lambda t: (t[0], -t[2]))     # a tie: less damage
         known[n] = right["paraphrase"]
         found |= {f"{name}_{n}_{kind}": mean(x) for kind, x in right.items()}
@@ -1043,18 +1027,14 @@ def opponent_figures(s: Sample, name: str, learn, sweep: tuple = (None,)) -> dic
     return found | {f"{name}_lost_to_more": mean(known[10]) - mean(known[100][:30])}
 
 
+# learn(s, which facts, setting) -> Taught
+
 def by_writing(s: Sample, which: list[int], _) -> Taught:
     """Our own way, as the others are measured."""
-    left = ([s.singles[i] for i in which] if len(which) == 1
-            else s.left[which[0] // 10:which[-1] // 10 + 1])
-    return Taught(s.mind.write([f for f, _, _ in left]),
-        flops=float(write_flops(s.mind, [f for f, _, _ in left], sum(n for _, _, n in left))))
-
-
-def told_to(s: Sample, which: list[int]) -> list[str]:
-    """The sessions in which these facts were told."""
-    return ([s.texts[1][i] for i in which] if len(which) == 1
-            else s.texts[10][which[0] // 10:which[-1] // 10 + 1])
+    left = s.told_in(which, s.singles, s.left)
+    factors = [f for f, _, _ in left]
+    return Taught(s.mind.write(factors),
+                  flops=float(write_flops(s.mind, factors, sum(n for _, _, n in left))))
 
 
 def by_retrieval(s: Sample, which: list[int], most: int) -> Taught:
@@ -1069,8 +1049,7 @@ def by_retrieval(s: Sample, which: list[int], most: int) -> Taught:
     before = ["".join(told[i] for i in row.topk(min(most, len(told))).indices.flip(0))
               for row in near]
     more = mean(len(s.mind.words.encode(b)) for b in before)
-    f = flops_per_token(s.mind.model.backbone.config, s.mind.ctm.config, T)
-    # for each question, again and again
+    f = s.mind.flops                                    # for each question, again and again
     return Taught(before=before, flops=more * (f["trunk"] + f["block"]))
 
 
@@ -1078,8 +1057,9 @@ def by_fine_tuning(passes: int, share: float = 1.0):
     """AdamW on the tensor that the memory is written beside, all of it or the rows that these
     sessions use most."""
     def learn(s: Sample, which: list[int], lr: float) -> Taught:
-        tuned = FineTuning(s.mind, told_to(s, which), lr,
-                           most_used(s, told_to(s, which), share) if share < 1 else None)
+        sessions = s.told_to(which)
+        tuned = FineTuning(s.mind, sessions, lr,
+                           most_used(s, sessions, share) if share < 1 else None)
         for _ in range(passes):
             tuned.one_pass()
         weight = tuned.weight.detach() / math.sqrt(s.mind.ctm.config.sync)
@@ -1110,7 +1090,7 @@ def by_lora(passes: int, rank: int = 8):
             matrix.requires_grad_()
         up = {n: torch.zeros(len(p), rank, requires_grad=True) for n, p in weights.items()}
         optimizer = torch.optim.AdamW([*down.values(), *up.values()], lr=lr, weight_decay=0.0)
-        sessions = [torch.tensor([s.mind.words.encode(t)]) for t in told_to(s, which)]
+        sessions = [torch.tensor([s.mind.words.encode(t)]) for t in s.told_to(which)]
         for _ in range(passes):
             for tokens in sessions:
                 thought = torch.func.functional_call(model,
@@ -1120,7 +1100,7 @@ def by_lora(passes: int, rank: int = 8):
                 nats.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        f = flops_per_token(model.backbone.config, s.mind.ctm.config, T)
+        f = s.mind.flops
         flops = (passes * sum(t.numel() for t in sessions) * 3
                  * (f["trunk"] + f["block"] + f["head"]))
         return Taught(change={n: (up[n] @ down[n]).detach() for n in weights}, flops=float(flops))
@@ -1157,8 +1137,7 @@ class Edits:
         answers = torch.zeros_like(tokens, dtype=torch.bool)
         for i, (ids, n) in enumerate(zip(rows, due)):
             answers[i, len(ids) - n - 1:len(ids) - 1] = True
-        ranked = (answers.float() + torch.rand(answers.shape) / 2).topk(int(answers.sum(1).max()))
-        where = ranked.indices.sort(1).values
+        where = foremost(answers.float(), int(answers.sum(1).max()))
         learned = answers.gather(1, where)
         inputs: list[Tensor] = []
         added = torch.zeros(len(s.facts), model.backbone.config.hidden_size, requires_grad=True)
@@ -1192,7 +1171,6 @@ class Edits:
 
 def by_editing(s: Sample, which: list[int], weight: float) -> Taught:
     """W <- W + V' K (weight C + K' K)^-1, in closed form."""
-    s.edits = getattr(s, "edits", None) or Edits(s)
     keys, values = s.edits.keys[which], s.edits.values[which]
     change = torch.linalg.solve(
         (weight * s.edits.common + keys.T @ keys + 1e-6 * torch.eye(keys.shape[1])).double(),
@@ -1207,70 +1185,75 @@ def by_editing(s: Sample, which: list[int], weight: float) -> Taught:
 def ablation_figures(s: Sample) -> dict:
     """A hundred facts with one ingredient of the write taken away, or put in: recall in other
     words, what it does to text, and the share of facts that are lost by it and won."""
-    mind, found, base_nats = s.mind, {}, s.nats(None)
-    whole = list(map(data.is_recalled, mind.ask(s.asked["paraphrase"], s.whole), s.facts))
+    found, base_nats, whole = {}, s.nats(None), s.known(s.whole)
 
-    def note(name: str, plastic: Plastic, who: Mind = mind, ordinary: OrdinaryText = s.ordinary,
-             before: float = base_nats) -> None:
-        right = list(map(data.is_recalled, who.ask(s.asked["paraphrase"], plastic), s.facts))
-        found[f"ablation_{name}"] = mean(right)
-        found[f"ablation_{name}_lost"] = mean(w and not r for w, r in zip(whole, right))
-        found[f"ablation_{name}_won"] = mean(r and not w for w, r in zip(whole, right))
-        found[f"ablation_{name}_text"] = ordinary.nats(plastic.weight) / before
-
+    def note(name: str, plastic: Plastic, who: Mind = s.mind) -> None:
+        right, text = s.known(plastic, who), OrdinaryText(who.model, s.windows[:8])
+        before = base_nats if who is s.mind else text.nats(None)
+        found.update({f"ablation_{name}": mean(right),
+                      f"ablation_{name}_lost": mean(w and not r for w, r in zip(whole, right)),
+                      f"ablation_{name}_won": mean(r and not w for w, r in zip(whole, right)),
+                      f"ablation_{name}_text": text.nats(plastic.weight) / before})
     note("nothing", s.whole)
-    for name, rule in {"no protection of text": WriteRule(n0=0.0),
-                       "no protection of the past": WriteRule(fade=0.0),
-                       "no delta": WriteRule(delta=False),
-                       "no projection": WriteRule(project=False),
-                       "neither": WriteRule(delta=False, project=False),
-                       "weight norm at most 1 %": WriteRule(norm_cap=0.01),
-                       "nothing superseded": WriteRule(near=math.inf)}.items():
-        note(name, compact_sessions(mind.ctm, s.factors, rule))
-    again = mind.factors([session_text(s.world, part) for _ in range(2)
-                          for part in batches(s.facts, 10)])
-    for name, delta in (("told three times, nothing superseded", True), ("... no delta", False)):
-        note(name, compact_sessions(mind.ctm, s.factors + again,
-                                    WriteRule(near=math.inf, delta=delta)))
-    loud = [f._replace(values=f.values / f.dopamine[:, None]) for f in s.factors]
-    note("no dopamine", mind.write(loud))
-    note("no weight of salience",
-         mind.write([f._replace(values=f.values / f.salience[:, None]) for f in s.factors]))
-    note("every token eligible",
-         mind.write(Mind(threshold=0.0, budget=1000).factors(s.texts[10])))
-    gated = [f._replace(keys=f.keys * (f.keys.abs() > f.keys.abs().median(1, keepdim=True).values))
-             for f in s.factors]
-    note("novelty gate",
-         mind.write([f._replace(keys=torch.nn.functional.normalize(f.keys, dim=1)) for f in gated]))
-    narrow, half = Mind(), torch.arange(mind.ctm.config.sync) % 2   # of what is read, too
-    narrow.ctm.whiten((mind.ctm.key_moment * torch.outer(half, half),
-                       mind.ctm.due_moment * torch.outer(half, half)))
+    for name, plastic in other_rules(s):
+        note(name, plastic)
+    for name, mind, factors in other_blocks(s):
+        note(name, mind.write(factors), mind)
+    for name, cap in (("synapse layer too, 1 % of its norm", 0.01),
+                      ("synapse layer too, 10 %", 0.1)):
+        with changed(s.mind.model, synapse_change(s, cap)):
+            note(name, s.whole)
+    return found
+
+
+def other_rules(s: Sample):
+    """-> names, and memories of the same hundred facts, otherwise written."""
+    ctm, told = s.mind.ctm, s.factors
+    again = s.mind.factors([session_text(s.world, part) for _ in range(2)
+                            for part in batches(s.facts, 10)])
+    kept = WriteRule(near=math.inf)
+    for name, rule, factors in (
+            ("no protection of text", WriteRule(n0=0.0), told),
+            ("no protection of the past", WriteRule(fade=0.0), told),
+            ("no delta", WriteRule(delta=False), told),
+            ("no projection", WriteRule(project=False), told),
+            ("neither", WriteRule(delta=False, project=False), told),
+            ("weight norm at most 1 %", WriteRule(norm_cap=0.01), told),
+            ("nothing superseded", kept, told),
+            ("told three times, nothing superseded", kept, told + again),
+            ("... no delta", replace(kept, delta=False), told + again)):
+        yield name, compact_sessions(ctm, factors, rule)
+    gated = [torch.where(f.keys.abs() > f.keys.abs().median(1, keepdim=True).values, f.keys, 0.0)
+             for f in told]
+    for name, factors in (
+            ("no dopamine", [f._replace(values=f.values / f.dopamine[:, None]) for f in told]),
+            ("no weight of salience",
+             [f._replace(values=f.values / f.salience[:, None]) for f in told]),
+            ("every token eligible", Mind(threshold=0.0, budget=1000).factors(s.texts[10])),
+            ("novelty gate", [f._replace(keys=torch.nn.functional.normalize(keys, dim=1))
+                              for f, keys in zip(told, gated)])):
+        yield name, s.mind.write(factors)
+
+
+def other_blocks(s: Sample):
+    """-> names, blocks that think or read otherwise, and what they keep of the same sessions."""
+    narrow, half = Mind(), torch.arange(s.mind.ctm.config.sync) % 2     # of what is read, too
+    narrow.ctm.whiten((narrow.ctm.key_moment * torch.outer(half, half),
+                       narrow.ctm.due_moment * torch.outer(half, half)))
     narrow.ctm.white.mul_(half)
-    note("half of S", narrow.write(s.factors), narrow, OrdinaryText(narrow.model, s.windows[:8]))
+    yield "half of S", narrow, s.factors
     wide = doubled(s.mind.words)
-    text = OrdinaryText(wide.model, s.windows[:8])
-    note("twice S, the new half untrained", wide.write(wide.factors(s.texts[10])), wide, text,
-         text.nats(None))
+    yield "twice S, the new half untrained", wide, wide.factors(s.texts[10])
     for expand in (0, 1, 3, 12):
-        other = expanded(Mind(), expand)
-        note(f"F = {expand} S" if expand else "along the key itself, no features",
-             other.write(s.factors), other, OrdinaryText(other.model, s.windows[:8]))
+        yield (f"F = {expand} S" if expand else "along the key itself, no features",
+               Mind(shape={"expand": expand}), s.factors)
     for k in (1, 2, 4):
         few = Mind()
         few.ctm.config = replace(few.ctm.config, ticks=k)
-        text = OrdinaryText(few.model, s.windows[:8])
-        note(f"K={k}", few.write(few.factors(s.texts[10])), few, text, text.nats(None))
-    for name, cap in (("synapse layer too, 1 % of its norm", 0.01),
-                      ("synapse layer too, 10 %", 0.1)):
-        with changed(mind.model, synapse_change(s, cap)):
-            text = OrdinaryText(mind.model, s.windows[:8])
-            note(name, s.whole, mind, text, base_nats)
-    bare = Mind()
-    # what the block reads moves as well: nothing here was trained without it
+        yield f"K={k}", few, few.factors(s.texts[10])
+    bare = Mind()                           # what the block reads moves as well: it was trained so
     bare.ctm.baseline.zero_()
-    text = OrdinaryText(bare.model, s.windows[:8])
-    note("no baseline", bare.write(bare.factors(s.texts[10])), bare, text, text.nats(None))
-    return found
+    yield "no baseline", bare, bare.factors(s.texts[10])
 
 
 def synapse_change(s: Sample, cap: float) -> dict[str, Tensor]:
@@ -1317,7 +1300,7 @@ def forgetting_figures(s: Sample) -> dict:
     before and after it, which was measured with the forgotten one still there.
     """
     mind, text = s.mind, OrdinaryText(s.mind.model)
-    before = list(map(data.is_recalled, mind.ask(s.asked["paraphrase"], s.whole), s.facts))
+    before = s.known(s.whole)
     found = {"recall": [], "others_lose": [], "as_never_told": [], "words_left": []}
     for gone, facts in enumerate(batches(s.facts, 10)):
         with tempfile.TemporaryDirectory() as where:
@@ -1333,8 +1316,7 @@ def forgetting_figures(s: Sample) -> dict:
         found["as_never_told"].append(torch.equal(weight, other) and left == without)
         found["words_left"].append(any(word.encode() in blob for blob in [*left.values(), manifest]
                                        for f in facts for word in (f.name, f.value)))
-        after = list(map(data.is_recalled, mind.ask(s.asked["paraphrase"], Plastic(weight)),
-                         s.facts))
+        after = s.known(Plastic(weight))
         own = slice(10 * gone, 10 * gone + 10)
         found["recall"] += after[own]
         found["others_lose"].append(mean(before[:own.start] + before[own.stop:])
@@ -1366,8 +1348,8 @@ def hop_figures(s: Sample, people: int = 8, groups: int = 12) -> dict:
         names = world.rng.sample(world.names, people)
         values = world.rng.sample(list(world.values[first]), people)
         known = [data.Fact(n, first, v) for n, v in zip(names, values)]
-        wanted = [f for n in names
-                  for f in [data.Fact(n, second, world.rng.choice(list(world.values[second])))]]
+        wanted = [data.Fact(n, second, world.rng.choice(list(world.values[second])))
+                  for n in names]
         both = [f for pair in zip(known, wanted) for f in pair]
         told["together"].append([session_text(world, both)])
         told["apart"].append([session_text(world, known), session_text(world, wanted)])
@@ -1381,7 +1363,7 @@ def hop_figures(s: Sample, people: int = 8, groups: int = 12) -> dict:
         guesses += ([max(sum(f.value == v for f in wanted) for v in world.values[second]) / people]
                     * people)
     for name, sessions in told.items():
-        written = [mind.write(mind.factors(texts)) for texts in sessions for _ in range(people)]
+        written = [mind.write(mind.factors(texts)) for texts in sessions]
         questions = {"": asked, "_by_name": named} if "denied" not in name else {"": named}
         for kind, q in questions.items():
             found[f"hop_{name}{kind}"] = mean(f" {f.value}" in reply
@@ -1447,7 +1429,6 @@ class MatrixState(torch.nn.Module):
 def mqar_model(S: int, width: int = 64) -> NanoCTM:
     """One layer of attention and a CTM of 2 ticks, everything to be learned. Memory reads the keys
     themselves: it is compared with states of the same bytes."""
-    torch.manual_seed(S)
     model = NanoCTM(BackboneConfig(MQAR_VOCABULARY, width, 64, 1, 2, 2, 32, rope_theta=1e4,
                                    max_position_embeddings=512),
                     ThoughtConfig(2, 2, S, 4, 64, head_dim=32, expand=0))
@@ -1489,38 +1470,36 @@ def mqar_figures(s: Sample, steps: int = 250, rows: int = 64) -> dict:
     tests = {f"{length},{pairs}": mqar(np.random.default_rng(10**6 + s.seed), rows, length, pairs)
              for length, pairs in MQAR_SHAPES}
     for S in MQAR_STATES:
-        ours = mqar_model(S)
-        models = {"ctm": ours, "linear": MatrixState(64, S, False),
-                  "delta": MatrixState(64, S, True)}
-        for name, model in models.items():
-            optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95),
-                                          weight_decay=0.0)
-            for step in range(steps):
-                optimizer.param_groups[0]["lr"] = (5e-3
-                    * min(1, (step + 1) / 20, 2 * (steps - step) / steps))
-                told, asked, due = mqar(chance, rows // 2, *MQAR_SHAPES[step % 3])
-                if name == "ctm":
-                    loss, seen = mqar_loss(model, told, asked, due)
-                else:
-                    loss = torch.nn.functional.cross_entropy(
-                        model(told, told[:, ::2]).flatten(0, 1), told[:, 1::2].flatten())
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                if name == "ctm":
-                    model.ctm.settle(*seen, max(0.02, 1 / (step + 1)))
+        for name, model in (("ctm", mqar_model(S)), ("linear", MatrixState(64, S, False)),
+                            ("delta", MatrixState(64, S, True))):
+            learn_mqar(model, chance, steps, rows // 2)
             for shape, (told, asked, due) in tests.items():
-                if name == "ctm":
-                    found[f"mqar_{shape}_{name}_{S}"] = mqar_after_restart(
-                        model.eval().requires_grad_(False), told, asked, due)
-                    model.train().requires_grad_(True)
-                else:
-                    with torch.no_grad():
-                        found[f"mqar_{shape}_{name}_{S}"] = float(
-                            (model(told, told[:, ::2]).argmax(-1) == told[:, 1::2]).float().mean())
+                found[f"mqar_{shape}_{name}_{S}"] = (
+                    mqar_after_restart(model, told, asked, due) if name == "ctm" else
+                    float((model(told, told[:, ::2]).argmax(-1) == told[:, 1::2]).float().mean()))
         found[f"mqar_bytes_{S}"] = 4.0 * 64 * S
     return found
+
+
+def learn_mqar(model: NanoCTM | MatrixState, chance: np.random.Generator, steps: int, rows: int
+               ) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = (5e-3
+                                           * min(1, (step + 1) / 20, 2 * (steps - step) / steps))
+        told, asked, due = mqar(chance, rows, *MQAR_SHAPES[step % len(MQAR_SHAPES)])
+        if isinstance(model, NanoCTM):
+            loss, seen = mqar_loss(model, told, asked, due)
+        else:
+            loss = torch.nn.functional.cross_entropy(
+                model(told, told[:, ::2]).flatten(0, 1), told[:, 1::2].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if isinstance(model, NanoCTM):
+            model.ctm.settle(*seen, max(0.02, 1 / (step + 1)))
+    model.eval().requires_grad_(False)
 
 
 def mqar_after_restart(model: NanoCTM, told: Tensor, asked: Tensor, due: Tensor) -> float:
@@ -1531,11 +1510,10 @@ def mqar_after_restart(model: NanoCTM, told: Tensor, asked: Tensor, due: Tensor)
         save_backbone(model, folder / "base")
         save_graft(model, folder / "graft.safetensors")
         for i, row in enumerate(told):
-            session, factors = read_session(model, row[None], threshold=0.5)
+            session, factors = read_session(model, row[None])
             with Store(folder / str(i), model, rule=MQAR_RULE, max_drift=math.inf) as store:
                 store.commit(factors[0], session.snapshot(0, row), len(row))
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"),
-                                 initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with one_process_each(1) as pool:
             return pool.submit(mqar_answers, folder, asked, due).result()
 
 
@@ -1553,13 +1531,13 @@ def mqar_answers(folder: Path, asked: Tensor, due: Tensor) -> float:
 
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
-OPPONENTS = {"weights": (by_writing,), "retrieval": (by_retrieval, (2, 4, 8)),
+OPPONENTS = {"weights": (by_writing, (None,)), "retrieval": (by_retrieval, (2, 4, 8)),
              "lora_30": (by_lora(30), (0.001, 0.003, 0.01)),
              **{f"tune_{n}": (by_fine_tuning(n), RATES) for n in (1, 10, 100)},
              "sparse_10": (by_fine_tuning(10, 0.1), RATES),
              "edit": (by_editing, (0.001, 0.1, 10.0, 100.0))}
-FULL_PARTS = {f"opponent {name}": functools.partial(
-    lambda s, name: opponent_figures(s, name, *OPPONENTS[name]), name=name) for name in OPPONENTS}
+FULL_PARTS = {f"opponent {name}": functools.partial(opponent_figures, name=name)
+              for name in OPPONENTS}
 FULL_PARTS |= {"ablation": ablation_figures, "forgetting": forgetting_figures,
                "two hops": hop_figures, "mqar": mqar_figures}
 
@@ -1567,8 +1545,7 @@ FULL_PARTS |= {"ablation": ablation_figures, "forgetting": forgetting_figures,
 def full_figures(found: dict[str, dict]) -> dict:
     """The additions of --full to the last line, printed as tables too."""
     v = {k: x["mean"] for k, x in found.items()}
-    arms = {name: {k[len(name) + 1:]: x for k, x in v.items() if k.startswith(f"{name}_")}
-            for name in OPPONENTS}
+    arms = {name: under(v, f"{name}_") for name in OPPONENTS}
     print(f"\n{'learned by':14s} {'N=1':>6s} {'10':>6s} {'100':>6s} {'direct':>7s} "
           f"{'stranger':>8s} {'anybodys':>8s} {'lost':>10s} {'text':>7s} {'FLOPs':>9s}")
     for name, a in arms.items():
@@ -1582,19 +1559,20 @@ def full_figures(found: dict[str, dict]) -> dict:
             print(f"{'{},{}'.format(*shape):12s}{name:12s}"
                   + "".join(f"{v['mqar_{},{}_{}_{}'.format(*shape, name, S)]:11.3f}"
                             for S in MQAR_STATES))
-    ablation = {k[9:-5]: {"recall": v[k[:-5]], "text": x, "change": v[k[:-5] + "_won"]
-                          - v[k[:-5] + "_lost"], "interval": difference_interval(
-                              v[k[:-5] + "_won"], v[k[:-5] + "_lost"], 100 * seeds)}
-                for k, x in v.items() if k.startswith("ablation_") and k.endswith("_text")}
+    a = under(v, "ablation_")
+    ablation = {name: {"recall": a[name], "text": a[f"{name}_text"],
+                       "change": a[f"{name}_won"] - a[f"{name}_lost"],
+                       "interval": difference_interval(a[f"{name}_won"], a[f"{name}_lost"],
+                                                       100 * seeds)}
+                for name in a if f"{name}_text" in a}
     print(f"\n{'without':36s} {'recall':>7s} {'change':>7s} {'95 % interval':>18s} {'text x':>8s}")
     for name, a in ablation.items():
         between = "{:+.3f} .. {:+.3f}".format(*a["interval"]) if any(a["interval"]) else "–"
         print(f"{name:36s} {a['recall']:7.3f} {a['change']:+7.3f}   {between:>16s} "
               f"{a['text']:8.4f}")
     return {"arms": arms, "ablation": ablation,
-            "forgetting": {k[7:]: x for k, x in v.items() if k.startswith("forget_")},
-            "two_hop": {k[4:]: x for k, x in v.items() if k.startswith("hop_")},
-            "mqar": {k[5:]: x for k, x in v.items() if k.startswith("mqar_")}}
+            "forgetting": under(v, "forget_"), "two_hop": under(v, "hop_"),
+            "mqar": under(v, "mqar_")}
 
 
 def draw_damage(found: dict[str, dict], file: str) -> None:
@@ -1672,11 +1650,19 @@ def in_child(work, after_s: float | None = None) -> tuple[list[str], int]:
     return said, code
 
 
-def live_on(fire: Fire, name: str, exported: Path, luck: int, say) -> None:
+def refused(work) -> bool:
+    try:
+        work()
+    except ValueError:
+        return True
+    return False
+
+
+def live_on(fire: Fire, exported: Path, luck: int, say) -> None:
     """Tell, forget and import without end, saying before each what is about to happen, and after it
     which sessions there are."""
     dice = random.Random(luck)
-    with fire.open(name) as store:
+    with fire.open("killed") as store:
         while True:
             act = dice.choice(("tell", "tell", "tell", "forget", "forget all", "import"))
             if act == "tell":
@@ -1703,10 +1689,9 @@ def killed_at_random(fire: Fire, times: int, seed: int, within_s: float = 1.0) -
         imported = [e["id"] for e in store.entries]
     fire.made("killed", 0)
     found = {"kills": 0, "died_of_something_else": 0, "unreadable": 0, "half_written": 0,
-             "lost_sessions": 0,
-             "interrupted": {"tell": 0, "forget": 0, "import": 0}}
+             "lost_sessions": 0, "interrupted": {"tell": 0, "forget": 0, "import": 0}}
     for i in range(times):
-        said, code = in_child(lambda say: live_on(fire, "killed", exported, seed * 10**6 + i, say),
+        said, code = in_child(lambda say: live_on(fire, exported, seed * 10**6 + i, say),
                               chance.uniform(0.0, within_s))
         found["kills" if code == -signal.SIGKILL else "died_of_something_else"] += 1
         known = next((line.split()[1:] for line in reversed(said)
@@ -1749,11 +1734,7 @@ def every_byte_flipped(fire: Fire) -> dict:
         for at in range(len(whole)):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 7]) + whole[at + 1:])
             flips += 1
-            try:
-                fire.open(folder.name, read_only=True).close()
-                undetected += 1
-            except ValueError:
-                pass
+            undetected += not refused(lambda: fire.open(folder.name, read_only=True).close())
             if flips % 1000 == 0:
                 print(f"{flips} bytes flipped", file=sys.stderr)
         path.write_bytes(whole)
@@ -1806,11 +1787,8 @@ def bad_imports(fire: Fire) -> dict:
         save_file({k: v.contiguous() for k, v in tensors.items()}, file, said)
         there = {p for p in fire.folder.rglob("*") if folder not in p.parents}
         with fire.open(folder.name) as store:
-            try:
-                store.import_from(file)
+            if not refused(lambda: store.import_from(file)):
                 accepted.append(name)
-            except ValueError:
-                pass
         strays += len({p for p in fire.folder.rglob("*") if folder not in p.parents} - there)
     return {"bad_imports": len(attempts), "bad_imports_accepted": len(accepted),
             "accepted": accepted,
@@ -1870,12 +1848,7 @@ def hostile_disk(fire: Fire) -> dict:
             found[name] = {"refused": said.count("refused"), "attempts": len(said), "exit": code,
                            "as_before": len(store.entries) == 2 and files(folder) == before}
     with fire.open("hostile"):
-        try:
-            fire.open("hostile").close()
-            found["second_writer_refused"] = False
-        except ValueError:
-            found["second_writer_refused"] = True
-    return found
+        return found | {"second_writer_refused": refused(lambda: fire.open("hostile").close())}
 
 
 def prices(fire: Fire, sessions: int = 1000) -> dict:
@@ -1918,13 +1891,12 @@ def timed(work) -> float:
 def endurance() -> dict:
     with tempfile.TemporaryDirectory() as where:
         fire, found = Fire(Path(where)), {"attack_seed": 1}
-        for attack in (lambda: killed_at_random(fire, kills, 1), lambda: every_byte_flipped(fire),
-                       lambda: bad_imports(fire),
-                       lambda: hostile_disk(fire), lambda: prices(fire)):
-            more = attack()
+        for attack in (functools.partial(killed_at_random, times=kills, seed=1),
+                       every_byte_flipped, bad_imports, hostile_disk, prices):
+            more = attack(fire)
             print("\n".join(f"{name:30s} {value}" for name, value in more.items()), flush=True)
             found |= more
-    return found | {"text_sha256": HeldOut(data.Tokenizer(tokenizer)).sha256}
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -1937,13 +1909,13 @@ def card() -> dict:
     (folder / "backbone").mkdir(parents=True, exist_ok=True)
     runs = {"backbone": "tiny_phase1", "thinking": "tiny_phase2", "graft": "tiny_phase3",
             "ffn": "tiny_ffn"}
-    files = {"tiny_phase1/last/model.safetensors": "backbone/model.safetensors",
+    shipped = {"tiny_phase1/last/model.safetensors": "backbone/model.safetensors",
              "tiny_phase1/last/config.json": "backbone/config.json",
              **{f"{runs[name]}/last/graft.safetensors": f"{name}.safetensors"
                 for name in ("thinking", "graft", "ffn")}}
     # the Makefile spells it out; each run's config is below
     about = {"command": "make tiny", "files": {}}
-    for source, target in files.items():
+    for source, target in shipped.items():
         if not (Path("out") / source).exists():
             raise ValueError(f"expected out/{source}, found none: run `make tiny` first")
         shutil.copy(Path("out") / source, folder / target)
@@ -1957,13 +1929,12 @@ def card() -> dict:
         about[name] = (log[0]["run"]
                        | {"minutes": round(log[-1]["minutes"], 1),
                           "figures": [e for e in log if "val" in e][-1]})
-    about["text_sha256"] = HeldOut(data.Tokenizer(str(folder))).sha256
+    about["text_sha256"] = data.text_sha256(data.tiny_documents())
     (folder / "card.json").write_text(json.dumps(about, indent=1))
     return about
 
 
-COMMANDS = {"quality": quality, "memory": memory, "answer": answer, "endurance": endurance,
-            "card": card}
+COMMANDS = {"quality": quality, "memory": memory, "endurance": endurance, "card": card}
 
 
 def main() -> None:
@@ -1971,21 +1942,20 @@ def main() -> None:
         if sys.argv[1:2] in (["--help"], ["-h"]):
             configurator.configure(globals())
         configurator.stop(f"expected one of {', '.join(COMMANDS)}, found "
-                          f"{' '.join(sys.argv[1:2]) or 'nothing'}: "
-                          f"python bench.py quality", 2)
+                          f"{' '.join(sys.argv[1:2]) or 'nothing'}: python bench.py quality", 2)
     command = sys.argv[1]
     configurator.configure(globals(), sys.argv[2:])
     torch.set_num_threads(1)
-    begin = time.time()
-    found = COMMANDS[command]()
-    card = Path(base).parent / "card.json"
-    expected = json.loads(card.read_text())["text_sha256"] if card.exists() else None
-    if expected and expected != found["text_sha256"]:
+    since, found = time.time(), COMMANDS[command]()
+    text_sha256 = data.text_sha256(data.tiny_documents())
+    known = Path(base).parent / "card.json"
+    expected = json.loads(known.read_text())["text_sha256"] if known.exists() else text_sha256
+    if expected != text_sha256:
         print(f"note: this Python's documentation differs from the card's text ({expected[:12]}): "
               "nats are not comparable")
     print(json.dumps(found
-                     | {"seeds": list(range(seeds)), "commit": configurator.commit(),
-                        "seconds": round(time.time() - begin),
+                     | {"text_sha256": text_sha256, "seeds": list(range(seeds)),
+                        "commit": configurator.commit(), "seconds": round(time.time() - since),
                         "python": platform.python_version(), "torch": torch.__version__,
                         "hardware": f"{platform.machine()} CPU"}))
 
