@@ -316,7 +316,7 @@ class FactWorld:
         self.rng, self.lexicon = random.Random(seed), lexicon
         self.names, self.values = NAMES[split], VALUES[split]
         self.variety = 1.0  # share of statements not worded like answers
-        self.spliced = 0.0  # share of the lexicon's values that are made of two words
+        self.spliced = False  # are the lexicon's values made of two words?
 
     def facts(self, n: int, names: list[str] | None = None) -> list[Fact]:
         """`n` facts with distinct (name, relation): few relations over many people, so relations
@@ -381,7 +381,7 @@ class FactWorld:
         answered before.
         """
         chance = self.rng.random() if self.lexicon else 1.0
-        if chance < 0.35 and self.spliced and self.rng.random() < self.spliced:
+        if chance < 0.35 and self.spliced:
             first, last = self.rng.sample(self.lexicon, 2)
             word = first[:len(first) // 2 + 1] + last[len(last) // 2:]
             return first if word in HELD_OUT_VALUES else word
@@ -707,7 +707,7 @@ class Mixture:
         rng = random.Random(f"{self.seed}/{self.split}/episodes/{key}")
         world = FactWorld(rng.getrandbits(64), self.split, self.lexicon)
         world.variety = min(1.0, max(0.0, key[0] / self.curriculum - 1)) if self.curriculum else 1.0
-        world.spliced = 0.5
+        world.spliced = True
         size = rng.choice(EPISODE_SIZES)
         rows = min(48, max(1, n_facts // size))
         names = world.namesakes(size * rows) if rng.random() < 0.5 else None

@@ -24,6 +24,6 @@ max_steps = 1500
 teacher = True
 ffn = "out/tiny_ffn/last/graft.safetensors"
 crowd_facts = 1
-lr = 2e-3
+lr = 1.5e-3
 min_lr = 1e-4
 eval_interval = 200

@@ -176,7 +176,7 @@ def test_namesakes_begin_alike_and_spliced_values_are_new_words():
     assert 40 <= len(set(names)) == len(names) < 80
     assert sum(any(n.startswith(onset) for n in names) for onset in data.ONSETS) <= 3
     plain = {world._value("home") for _ in range(400)}
-    world.spliced = 1.0
+    world.spliced = True
     spliced = ({world._value("home") for _ in range(400)} - plain
                - {v for vs in data.VALUES["train"].values() for v in vs}
                - set(data.NAMES["train"]))
