@@ -1456,7 +1456,7 @@ def mqar_loss(model: NanoCTM, told: Tensor, asked: Tensor, due: Tensor) -> tuple
     asking, target = model.ticks(*model.trunk(asked), where=where), due.gather(1, where)
     aided = model.measure(asking, target, (keys.mT @ solved).mT)
     loss, _ = model.tick_loss(aided, target, torch.ones(target.shape))
-    return loss + worth, mean_and_square(ticks)
+    return loss + 20 * worth, mean_and_square(ticks)    # what is not kept cannot be answered
 
 
 def mqar_figures(s: Sample, steps: int = 250, rows: int = 64) -> dict:
