@@ -19,7 +19,7 @@ a memory reads, H heads, V vocabulary, N = B*T.
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -517,6 +517,12 @@ class CTMBlock(nn.Module):
             return k
         with torch.autocast(k.device.type, enabled=False):  # whitening asks for fp32
             return self.turned(k @ self.white.to(k.dtype).T).abs()
+
+    def read_along(self, expand: int) -> None:
+        """From now on memory is written and read at so many features for each channel."""
+        self.config = replace(self.config, expand=expand)
+        self.signs = coin_flips(expand, self.config.sync).to(self.signs.device)
+        self.whiten()
 
     def turned(self, x: Tensor) -> Tensor:
         """x (..., S) -> (..., F): F / S rotations, each a random flip of signs and a Hartley

@@ -71,6 +71,7 @@ ticks = 8                   # K
 history = 8                 # M
 sync = 256                  # S
 expand = 7                  # F / S: features of a key that memory reads; 0: the key itself
+train_expand = 3            # the same while phase 3 learns, for its time: fewer of their kind
 nlm_hidden = 4
 unet_step = 128
 block_head_dim = 64
@@ -176,7 +177,7 @@ def build_model() -> NanoCTM:
         raise ValueError("phase 3 expected graft, found none: run "
                          "`python train.py config/tiny_phase2.py` first, then set "
                          "--graft=out/tiny_phase2/last/graft.safetensors")
-    model = (load_graft(base, Path(graft), expand=expand) if phase == 3
+    model = (load_graft(base, Path(graft), expand=train_expand) if phase == 3
              else load_backbone(base, thought=thought_config(), block=block))
     if phase == 3:
         model.ctm.log_eta.data.fill_(math.log(write_strength))
@@ -845,6 +846,7 @@ def after_step(model: NanoCTM, mixture: data.Mixture, report: dict, step: int, d
     if phase == 3 and step + 1 == max_steps:
         measure_moments(model, mixture, device)
         settle_length(model, mixture, device)
+        model.ctm.read_along(expand)
 
 
 def main() -> None:
