@@ -90,8 +90,10 @@ class Speaker:
                 if not text.endswith("\ufffd"):
                     print(text[len(shown):], end="", flush=True)
                     shown = text
-        print() if show != "ticks" else print("  =",
-            self.words.decode([t for t in said if t != stop]).strip())
+        if show == "ticks":
+            print("  =", self.words.decode([t for t in said if t != stop]).strip())
+        else:
+            print()
         self.heard += said[:-1]
         if show == "why":
             print(json.dumps(self.why()))
@@ -107,8 +109,8 @@ class Speaker:
         if self.store is None or self.store.read_only or not self.heard:
             return
         factors = self.session.close()[0]
-        entry = self.store.commit(factors,
-            self.session.snapshot(0, torch.tensor(self.heard, device=self.device)), len(self.heard))
+        snapshot = self.session.snapshot(0, torch.tensor(self.heard, device=self.device))
+        entry = self.store.commit(factors, snapshot, len(self.heard))
         before, after = entry["text_nats"]
         print(f"(kept {entry['factors']} of {entry['tokens']} tokens as session {entry['id']}; "
               f"ordinary text {before:.3f} -> {after:.3f} nats)")
@@ -200,11 +202,12 @@ def list_sessions(store: Store) -> None:
               f"{size / 1024:5.1f} KiB, ordinary text {e['text_nats'][0]:.3f} -> "
               f"{e['text_nats'][1]:.3f} nats")
     plastic = store.plastic()
-    loud = (f", {100 * output_change(store.model.ctm, plastic.double().cpu()):.2f} % of the output "
-            "power on ordinary text, "
-            f"{norm_ratio(store.model.ctm, plastic.double().cpu()):.2f} of the weight norm"
-            ) if plastic is not None else ""
-    print(f"{len(store.entries)} session(s) in {store.folder}{loud}")
+    print(f"{len(store.entries)} session(s) in {store.folder}", end="")
+    if plastic is not None:
+        weight, ctm = plastic.double().cpu(), store.model.ctm
+        print(f", {100 * output_change(ctm, weight):.2f} % of the output power on ordinary text, "
+              f"{norm_ratio(ctm, weight):.2f} of the weight norm", end="")
+    print()
 
 
 def show_one(store: Store, which: str) -> None:
@@ -256,8 +259,8 @@ def main() -> None:
              else load_backbone(base)).to(where).eval().requires_grad_(False)
     if words.n_vocab > model.backbone.config.vocab_size:
         raise ValueError(f"expected a tokenizer of at most {model.backbone.config.vocab_size} "
-                         f"words, found {words.n_vocab} in "
-                         f"{tokenizer}: use the one that belongs to {base}")
+                         f"words, found {words.n_vocab} in {tokenizer}: use the one that belongs "
+                         f"to {base}")
     if model.ctm is None and (memory != "off" or housekeeping):
         raise ValueError("expected a graft with a CTM block for --memory, found none: name one "
                          "with --graft")

@@ -506,6 +506,19 @@ def test_a_damaged_session_can_be_given_up_and_the_others_live_on(small, tmp_pat
     assert not (tmp_path / f"a/snapshots/{ids[0]}.safetensors").exists()
 
 
+def test_a_reader_begins_again_where_a_writer_has_gone_on(small, tmp_path, monkeypatch):
+    """It had read the manifest, and then a session was forgotten."""
+    with Store(tmp_path, small, max_drift=math.inf) as store:
+        ids = [commit(store, seed)["id"] for seed in (1, 2)]
+        outdated = [store._read_manifest()]
+        store.forget(ids[0])
+    now = Store._read_manifest
+    monkeypatch.setattr(Store, "_read_manifest",
+                        lambda store: outdated.pop() if outdated else now(store))
+    assert [e["id"] for e in Store(tmp_path, small, read_only=True).entries] == ids[1:]
+    assert not outdated
+
+
 def test_foreign_stores_and_folders_are_refused(small, tmp_path):
     with Store(tmp_path / "a", small):
         pass

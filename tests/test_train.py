@@ -19,8 +19,8 @@ import data
 import train as training
 from conftest import same
 from memory import Lived, prediction_error
-from model import (BackboneConfig, CTMBlock, NanoCTM, ThoughtConfig, flops_per_token, successors,
-                   symmetric)
+from model import (BackboneConfig, CTMBlock, NanoCTM, ThoughtConfig, flops_per_token, load_graft,
+                   successors, symmetric)
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--hidden_size=32 --intermediate_size=48 --num_hidden_layers=2 --num_attention_heads=2 "
@@ -125,6 +125,8 @@ def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted):
     moment = symmetric(after["key_moment"], len(after["baseline"][0]))
     assert after["ordinary"].any() and torch.linalg.eigvalsh(moment).min() > -1e-6
     assert moment.trace() == pytest.approx(1)                       # of unit vectors
+    assert load_graft(f"{world}/whole/last", world / "m1/last/graft.safetensors"
+                      ).ctm.config.expand == training.expand > training.train_expand
     log = [json.loads(line) for line in (world / "m1/log.jsonl").read_text().splitlines()]
     assert {"value_nats", "agree", "reading", "rank", "salient_facts", "weights_10",
             "weights_50"} <= log[-1].keys()
