@@ -369,9 +369,9 @@ class Mind:
     """The model with its words: told sessions, asked questions.
     Everything greedy, everybody held out."""
 
-    def __init__(self, name: str = "", shape: dict = {}, **settings):
-        """shape: changes of ThoughtConfig; settings of SessionMemory."""
-        self.model = load_graft(base, Path(name or graft), **shape).eval().requires_grad_(False)
+    def __init__(self, name: str = "", **settings):
+        """settings: of SessionMemory."""
+        self.model = load_graft(base, Path(name or graft)).eval().requires_grad_(False)
         self.words, self.ctm, self.settings = data.Tokenizer(tokenizer), self.model.ctm, settings
         self.flops = flops_per_token(self.model.backbone.config, self.ctm.config, T)
 
@@ -415,27 +415,6 @@ class Mind:
     def recall(self, world: data.FactWorld, facts: list[data.Fact], plastic) -> float:
         asked = [world.ask(f, held_out=True) for f in facts]
         return mean(map(data.is_recalled, self.ask(asked, plastic), facts))
-
-
-def doubled(words: data.Tokenizer) -> Mind:
-    """The block with as many pairs of neurons again, drawn by chance and never trained: memory
-    reads them all, c_proj, the query and salience the old ones alone. What keys show on text and on
-    facts is measured anew, as phase 3 does at its end."""
-    mind = Mind()
-    known, S = mind.ctm, mind.ctm.config.sync
-    wide = CTMBlock(len(known.start_z), replace(known.config, sync=2 * S), known.eps)
-    state = wide.requires_grad_(False).state_dict()                 # its tensors, not copies
-    for name, value in known.state_dict().items():
-        if name in ("c_proj.weight", "q_proj.weight", "salience_weight"):
-            state[name].zero_()
-        state[name][*map(slice, value.shape)] = value
-    mind.model.ctm = mind.ctm = wide.eval()
-    mixture = data.Mixture(words, tiny_text(words, held_out=False), T, 0.7, 0.15, 0, "train", 0)
-    seen, square = mean_and_square(
-        mind.model.ticks(*mind.model.trunk(torch.from_numpy(mixture.batch(rows, 0)[0]))))
-    wide.baseline[:, S:], wide.variance[:, S:] = seen[:, S:], (square - seen ** 2)[:, S:]
-    measure_moments(mind.model, mixture, "cpu")
-    return mind
 
 
 def batches(items: list, size: int) -> list[list]:
@@ -749,7 +728,8 @@ def fine_tune_figures(s: Sample) -> dict:
 
     N = 1: ten models with a fact each, N = 10: three with ten, N = 100: one.
     """
-    mind, found = Mind(shape={"expand": 0}), {}
+    mind, found = Mind(), {}
+    mind.ctm.read_along(0)
     text = OrdinaryText(mind.model, s.windows[:8])
     for n, models in MODELS.items():
         chosen = s.facts[:n * models]
@@ -1245,8 +1225,10 @@ def other_blocks(s: Sample):
     wide = doubled(s.mind.words)
     yield "twice S, the new half untrained", wide, wide.factors(s.texts[10])
     for expand in (0, 1, 3, 12):
+        other = Mind()
+        other.ctm.read_along(expand)
         yield (f"F = {expand} S" if expand else "along the key itself, no features",
-               Mind(shape={"expand": expand}), s.factors)
+               other, s.factors)
     for k in (1, 2, 4):
         few = Mind()
         few.ctm.config = replace(few.ctm.config, ticks=k)
@@ -1254,6 +1236,27 @@ def other_blocks(s: Sample):
     bare = Mind()                           # what the block reads moves as well: it was trained so
     bare.ctm.baseline.zero_()
     yield "no baseline", bare, bare.factors(s.texts[10])
+
+
+def doubled(words: data.Tokenizer) -> Mind:
+    """The block with as many pairs of neurons again, drawn by chance and never trained: memory
+    reads them all, c_proj, the query and salience the old ones alone. What keys show on text and on
+    facts is measured anew, as phase 3 does at its end."""
+    mind = Mind()
+    known, S = mind.ctm, mind.ctm.config.sync
+    wide = CTMBlock(len(known.start_z), replace(known.config, sync=2 * S), known.eps)
+    state = wide.requires_grad_(False).state_dict()                 # its tensors, not copies
+    for name, value in known.state_dict().items():
+        if name in ("c_proj.weight", "q_proj.weight", "salience_weight"):
+            state[name].zero_()
+        state[name][*map(slice, value.shape)] = value
+    mind.model.ctm = mind.ctm = wide.eval()
+    mixture = data.Mixture(words, tiny_text(words, held_out=False), T, 0.7, 0.15, 0, "train", 0)
+    seen, square = mean_and_square(
+        mind.model.ticks(*mind.model.trunk(torch.from_numpy(mixture.batch(rows, 0)[0]))))
+    wide.baseline[:, S:], wide.variance[:, S:] = seen[:, S:], (square - seen ** 2)[:, S:]
+    measure_moments(mind.model, mixture, "cpu")
+    return mind
 
 
 def synapse_change(s: Sample, cap: float) -> dict[str, Tensor]:
@@ -1313,10 +1316,9 @@ def forgetting_figures(s: Sample) -> dict:
                     never.commit(*told)
                 weight, other = store.plastic(), never.plastic()
             left, without = (files(Path(where) / name) for name in "ab")
-        manifest, other_manifest = (blobs.pop("manifest.json") for blobs in (left, without))
+        told, untold = (b"".join(blobs.values()) for blobs in (left, without))
+        del left["manifest.json"], without["manifest.json"]
         found["as_never_told"].append(torch.equal(weight, other) and left == without)
-        told, untold = (b"".join([*blobs.values(), about]) for blobs, about
-                        in ((left, manifest), (without, other_manifest)))
         found["words_left"].append(any(word in told and word not in untold for f in facts
                                        for word in (f.name.encode(), f.value.encode())))
         after = s.known(Plastic(weight))

@@ -958,7 +958,7 @@ class Store:
                              f"of {base}: name another --memory_dir, or the weights it belongs to")
         return entries, str(manifest.get("memory", ""))
 
-    def _read(self, kind: type, entry: dict) -> "Factors | Snapshot":
+    def _read(self, kind: type, entry: dict) -> Factors | Snapshot:
         """A session's Factors or Snapshot, from the very bytes that the manifest names."""
         folder, seal = {Factors: ("sessions", "sha256"),
                         Snapshot: ("snapshots", "snapshot_sha256")}[kind]
@@ -970,7 +970,7 @@ class Store:
         return self._checked(kind, from_bytes(blob), str(path))
 
     def _checked(self, kind: type, tensors: dict[str, Tensor], where: str
-                 ) -> "Factors | Snapshot":
+                 ) -> Factors | Snapshot:
         """Tensors of a file as what they claim to be: names, shapes and types agree, and all is
         finite."""
         D, S = self.model.ctm.c_proj.weight.shape

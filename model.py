@@ -1097,15 +1097,14 @@ def save_graft(model: NanoCTM, path: Path, **notes: str) -> None:
     save_file(tensors, path, about)
 
 
-def load_graft(base: str, path: Path, **changes) -> NanoCTM:
-    """A backbone with a saved graft (or a saved FFN) in its last layer, `changes` of ThoughtConfig
-    made; ValueError when they do not belong together."""
+def load_graft(base: str, path: Path) -> NanoCTM:
+    """A backbone with a saved graft (or a saved FFN) in its last layer; ValueError when they do not
+    belong together."""
     tensors, about = read_tensors(Path(path))
     if not {"block", "thought", "backbone"} <= about.keys():
         raise ValueError(f"{path}: expected a graft of this project, found other weights: "
                          f"run `python train.py config/tiny_phase2.py` first")
-    thought = (ThoughtConfig(**json.loads(about["thought"]) | changes) if about["block"] == "ctm"
-               else None)
+    thought = ThoughtConfig(**json.loads(about["thought"])) if about["block"] == "ctm" else None
     model = load_backbone(base, thought=thought, block=about["block"])
     if (found := backbone_hash(model)) != about["backbone"]:
         raise ValueError(f"{path}: expected the base it was trained on ({about['backbone']}), "

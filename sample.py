@@ -35,7 +35,7 @@ start = ""                  # the text to continue, or in a chat the first thing
 chat = False                # a conversation; without --start it reads lines from standard input
 show = ""                   # "ticks": per token the tick read and how sure the model was; "why":
                             # after each answer a line of JSON: which session gave what of a logit
-memory = "off"              # on remembers this session, read-only answers and keeps nothing
+memory = "off"              # "on" is told and remembers; "read-only" answers and never writes
 memory_dir = "memory"       # the store
 max_drift = 0.5             # nats a session may cost ordinary text, or it is not written
 warm = False                # begin as the nearest session thought; what is written depends on it

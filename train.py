@@ -177,10 +177,11 @@ def build_model() -> NanoCTM:
         raise ValueError("phase 3 expected graft, found none: run "
                          "`python train.py config/tiny_phase2.py` first, then set "
                          "--graft=out/tiny_phase2/last/graft.safetensors")
-    model = (load_graft(base, Path(graft), expand=train_expand) if phase == 3
+    model = (load_graft(base, Path(graft)) if phase == 3
              else load_backbone(base, thought=thought_config(), block=block))
     if phase == 3:
         model.ctm.log_eta.data.fill_(math.log(write_strength))
+        model.ctm.read_along(train_expand)
     if ffn:
         trained = load_graft(base, Path(ffn))
         if trained.block != "ffn":
@@ -190,6 +191,11 @@ def build_model() -> NanoCTM:
     model.requires_grad_(False)
     block_module(model).float().requires_grad_(True)
     return model
+
+
+def learner(model: NanoCTM) -> torch.nn.Module:
+    """What this phase teaches, and keeps."""
+    return model.backbone if phase == 1 else block_module(model)
 
 
 def thought_config() -> ThoughtConfig:
@@ -697,8 +703,7 @@ def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, conf
                          f"{state['config'].get(changed[0])!r}: resume with the same config")
     saved = (load_backbone(str(folder)) if phase == 1
              else load_graft(base, folder / "graft.safetensors"))
-    part = (lambda m: m) if phase == 1 else block_module            # what a run teaches and keeps
-    part(model).load_state_dict(part(saved).state_dict())
+    learner(model).load_state_dict(learner(saved).state_dict())
     (moments, _), own = read_tensors(folder / "optimizer.safetensors"), optimizer.state_dict()
     if model.ctm:
         whitened = tuple(moments.pop(f"whitened.{i}", None) for i in (0, 1))
@@ -918,8 +923,7 @@ def main() -> None:
                      before + (time.time() - begin) / 60, busy / counted, tokens_read / busy)
             busy, counted, tokens_read = 0.0, 0, 0
     if world > 1:
-        print(f"weights of rank {rank}: "
-              f"{fingerprint(model.backbone if phase == 1 else block_module(model))}", flush=True)
+        print(f"weights of rank {rank}: {fingerprint(learner(model))}", flush=True)
         dist.destroy_process_group()
 
 

@@ -203,7 +203,7 @@ def test_keys_do_not_depend_on_what_is_read_out(model):
     W = some_memory(model)
     a, b = model(tokens), model(tokens, plastic=W)
     assert torch.equal(a.keys, b.keys) and not torch.allclose(a.hidden, b.hidden)
-    model.ctm.config = dataclasses.replace(model.ctm.config, expand=0)
+    model.ctm.read_along(0)
     W = some_memory(model)
     b = model(tokens, plastic=W)
     # without features a memory can be folded into c_proj
@@ -411,6 +411,15 @@ def test_keys_are_turned_by_rotations_that_differ(size):
     for turn in turns:
         assert torch.allclose(turn @ turn.T, torch.eye(size, dtype=torch.float64))
     assert size == 1 or not torch.equal(turns[0], turns[1])
+
+
+def test_a_block_that_reads_along_fewer_features_is_one_made_so():
+    made, turned = (CTMBlock(8, ThoughtConfig(sync=64, head_dim=8, expand=expand), 1e-6)
+                    for expand in (3, 7))
+    made.load_state_dict(turned.state_dict())
+    turned.read_along(3)
+    key = torch.nn.functional.normalize(torch.randn(5, 64), dim=1)
+    assert turned.config == made.config and torch.equal(turned.features(key), made.features(key))
 
 
 def test_moments_of_features_are_those_of_normal_keys():

@@ -196,9 +196,9 @@ def test_the_control_trains_the_layers_own_ffn_and_may_teach_the_block(grafted):
         assert run.returncode == 0, run.stderr
     assert load_file(world / "ffn/last/graft.safetensors").keys() == {
         f"{n}_proj.weight" for n in ("up", "gate", "down")}
-    same = [same_files(world / "t1/last/graft.safetensors", world / out / "last/graft.safetensors")
-            for out in ("t2", "own")]
-    assert same == [True, False]
+    alike = [same_files(world / "t1/last/graft.safetensors", world / out / "last/graft.safetensors")
+             for out in ("t2", "own")]
+    assert alike == [True, False]
     run = phase2(world, "no ffn", f"--ffn={world}/g1/last/graft.safetensors")
     assert run.returncode == 1 and "expected in ffn what --block=ffn trained" in run.stderr
 
