@@ -628,18 +628,20 @@ def own_guess(mind: Mind, world: data.FactWorld, fact: data.Fact) -> Factors:
 
 
 def capacity_figures(s: Sample) -> dict:
-    """Recall of 100 of the facts told so far, in sessions of 10, as they become more; of the most
-    also with nothing that was written before protected."""
+    """Recall of 100 of the facts told so far, in sessions of 10, as they become more."""
     mind, world, S = s.mind, s.world, s.mind.ctm.config.sync
-    most = len(world.names) * len(data.RELATIONS)                   # all that can be said of people
-    sizes = sorted({min(n, most) for n in (S // 8, S // 4, S // 2, S, 2 * S, 4 * S)})
+    sizes = sorted({min(n, most_facts(world)) for n in (S // 8, S // 4, S // 2, S, 2 * S, 4 * S)})
     facts, found = world.population(sizes[-1]), {}
     left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
     for n in sizes:
         some = world.rng.sample(facts[:n], min(n, 100))
         found[f"capacity_{n}"] = mind.recall(world, some, mind.write(left[:-(-n // 10)]))
-    unprotected = Plastic(compact_sessions(mind.ctm, left, WriteRule(fade=0.0)).weight)
-    return found | {"past_unprotected": mind.recall(world, some, unprotected)}
+    return found
+
+
+def most_facts(world: data.FactWorld) -> int:
+    """All that can be said of its people."""
+    return len(world.names) * len(data.RELATIONS)
 
 
 # -- the other arms, on the same facts
@@ -895,7 +897,7 @@ def untrained_recall(s: Sample) -> float:
     strength or Sigma: every token counts, at the trained block's strength, and Sigma is measured on
     training text."""
     before = Mind(thinking, threshold=0.0, budget=1000)
-    before.ctm.log_eta.data.copy_(s.mind.ctm.log_eta + math.log(2))   # its salience is one half
+    before.ctm.log_eta.data.copy_(s.mind.ctm.log_eta)
     keys = before.model(before.ctm.ordinary).key.flatten(0, 1)
     before.ctm.key_moment.copy_(keys.T @ keys / len(keys) / keys.shape[1])
     before.ctm.due_moment.zero_()
@@ -934,9 +936,9 @@ def memory() -> dict:
         "retention_first_of_10_sessions": v["retention"], "arms": arms | more.get("arms", {}),
         "carry": {f"nats_{k}": x for k, x in under(v, "carry_").items()},
         "warm_start": {f"nats_{k}": x for k, x in under(v, "warm_").items()},
-        **{k: v[k] for k in ("past_unprotected", "text_nats_before", "text_nats_after",
-                             "output_change", "weight_norm_ratio", "write_cost_ratio",
-                             "write_flops", "empty_memory_ms", "factors_per_fact")},
+        **{k: v[k] for k in ("text_nats_before", "text_nats_after", "output_change",
+                             "weight_norm_ratio", "write_cost_ratio", "write_flops",
+                             "empty_memory_ms", "factors_per_fact")},
         "S": load_graft(base, Path(graft)).ctm.config.sync, "questions": 100 * seeds,
         "sd": {k: x["sd"] for k, x in found.items()}}
 
@@ -1165,16 +1167,13 @@ def by_editing(s: Sample, which: list[int], weight: float) -> Taught:
 def ablation_figures(s: Sample) -> dict:
     """A hundred facts with one ingredient of the write taken away, or put in: recall in other
     words, what it does to text, and the share of facts that are lost by it and won."""
-    found, base_nats, whole = {}, s.nats(None), s.known(s.whole)
+    whole = s.known(s.whole), text_cost(s.ordinary, s.whole)
+    found = taken_away("ablation_nothing", whole, whole)
 
     def note(name: str, plastic: Plastic, who: Mind = s.mind) -> None:
-        right, text = s.known(plastic, who), OrdinaryText(who.model, s.windows[:8])
-        before = base_nats if who is s.mind else text.nats(None)
-        found.update({f"ablation_{name}": mean(right),
-                      f"ablation_{name}_lost": mean(w and not r for w, r in zip(whole, right)),
-                      f"ablation_{name}_won": mean(r and not w for w, r in zip(whole, right)),
-                      f"ablation_{name}_text": text.nats(plastic.weight) / before})
-    note("nothing", s.whole)
+        text = OrdinaryText(who.model, s.windows[:8])               # it may think otherwise
+        found.update(taken_away(f"ablation_{name}", whole,
+                                (s.known(plastic, who), text_cost(text, plastic))))
     for name, plastic in other_rules(s):
         note(name, plastic)
     for name, mind, factors in other_blocks(s):
@@ -1184,6 +1183,50 @@ def ablation_figures(s: Sample) -> dict:
         with changed(s.mind.model, synapse_change(s, cap)):
             note(name, s.whole)
     return found
+
+
+def undamped(told: list[Factors]) -> list[Factors]:
+    return [f._replace(values=f.values / f.dopamine[:, None]) for f in told]
+
+
+def crowded_figures(s: Sample) -> dict:
+    """The same with all that can be said of people in the memory, where it has most to protect:
+    recall of a hundred facts, lost and won by what is taken away, and ordinary text."""
+    mind, world, found = s.mind, s.world, {}
+    facts = world.population(most_facts(world))
+    left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
+    some = world.rng.sample(facts, 100)
+    asked = [world.ask(f, held_out=True) for f in some]
+    for name, rule, factors in (("nothing", WriteRule(), left),
+                                ("no protection of text", WriteRule(n0=0.0), left),
+                                ("no protection of the past", WriteRule(fade=0.0), left),
+                                ("no delta", WriteRule(delta=False), left),
+                                ("no dopamine", WriteRule(), undamped(left))):
+        plastic = compact_sessions(mind.ctm, factors, rule)
+        did = (list(map(data.is_recalled, mind.ask(asked, plastic), some)),
+               text_cost(s.ordinary, plastic))
+        whole = did if name == "nothing" else whole
+        found |= taken_away(f"crowded_{name}", whole, did)
+    return found
+
+
+def text_cost(text: OrdinaryText, plastic: Plastic) -> Tensor:
+    """What a memory costs each window of ordinary text, as a share of its nats without."""
+    before = text.by_window(None)
+    return (text.by_window(plastic.weight) - before) / before.mean()
+
+
+def taken_away(name: str, whole: tuple[list[bool], Tensor], did: tuple[list[bool], Tensor]) -> dict:
+    """What an ablation did, next to the whole write: recall, the shares of facts that are lost by
+    it and won, text over text before, and how much of that is the ablation's, with the half width
+    of its 95 % interval (paired by window, Student's t)."""
+    (known, cost), (right, costs) = whole, did
+    more = costs - cost
+    return {name: mean(right), f"{name}_text": 1 + float(costs.mean()),
+            f"{name}_lost": mean(w and not r for w, r in zip(known, right)),
+            f"{name}_won": mean(r and not w for w, r in zip(known, right)),
+            f"{name}_text_change": float(more.mean()),
+            f"{name}_text_margin": 2.36 * float(more.std()) / math.sqrt(len(more))}
 
 
 def other_rules(s: Sample):
@@ -1206,9 +1249,7 @@ def other_rules(s: Sample):
     gated = [torch.where(f.keys.abs() > f.keys.abs().median(1, keepdim=True).values, f.keys, 0.0)
              for f in told]
     for name, factors in (
-            ("no dopamine", [f._replace(values=f.values / f.dopamine[:, None]) for f in told]),
-            ("no weight of salience",
-             [f._replace(values=f.values / f.salience[:, None]) for f in told]),
+            ("no dopamine", undamped(told)),
             ("every token eligible", Mind(threshold=0.0, budget=1000).factors(s.texts[10])),
             ("novelty gate", [f._replace(keys=torch.nn.functional.normalize(keys, dim=1))
                               for f, keys in zip(told, gated)])):
@@ -1543,7 +1584,8 @@ OPPONENTS = {"weights": (by_writing, (None,)), "retrieval": (by_retrieval, (2, 4
              "edit": (by_editing, (0.001, 0.1, 10.0, 100.0))}
 FULL_PARTS = {f"opponent {name}": functools.partial(opponent_figures, name=name)
               for name in OPPONENTS}
-FULL_PARTS |= {"ablation": ablation_figures, "forgetting": forgetting_figures,
+FULL_PARTS |= {"ablation": ablation_figures, "crowded": crowded_figures,
+               "forgetting": forgetting_figures,
                "two hops": hop_figures, "mqar": mqar_figures}
 
 
@@ -1564,18 +1606,23 @@ def full_figures(found: dict[str, dict]) -> dict:
             print(f"{'{},{}'.format(*shape):12s}{name:12s}"
                   + "".join(f"{v['mqar_{},{}_{}_{}'.format(*shape, name, S)]:11.3f}"
                             for S in MQAR_STATES))
-    a = under(v, "ablation_")
-    ablation = {name: {"recall": a[name], "text": a[f"{name}_text"],
-                       "change": a[f"{name}_won"] - a[f"{name}_lost"],
-                       "interval": difference_interval(a[f"{name}_won"], a[f"{name}_lost"],
-                                                       100 * seeds)}
-                for name in a if f"{name}_text" in a}
-    print(f"\n{'without':36s} {'recall':>7s} {'change':>7s} {'95 % interval':>18s} {'text x':>8s}")
-    for name, a in ablation.items():
-        between = "{:+.3f} .. {:+.3f}".format(*a["interval"]) if any(a["interval"]) else "–"
-        print(f"{name:36s} {a['recall']:7.3f} {a['change']:+7.3f}   {between:>16s} "
-              f"{a['text']:8.4f}")
-    return {"arms": arms, "ablation": ablation,
+    tables = {}
+    for kind, told in (("ablation", "100 facts"), ("crowded", "all facts there are")):
+        a = under(v, f"{kind}_")
+        tables[kind] = {name: {"recall": a[name], "text": a[f"{name}_text"],
+                               "change": a[f"{name}_won"] - a[f"{name}_lost"],
+                               "interval": difference_interval(a[f"{name}_won"], a[f"{name}_lost"],
+                                                               100 * seeds),
+                               "text_change": a[f"{name}_text_change"],
+                               "text_margin": a[f"{name}_text_margin"] / math.sqrt(seeds)}
+                        for name in a if f"{name}_text" in a}
+        print(f"\n{f'{told}, without':36s} {'recall':>7s} {'change':>7s} {'95 % interval':>18s} "
+              f"{'text x':>8s} {'change':>17s}")
+        for name, a in tables[kind].items():
+            between = "{:+.3f} .. {:+.3f}".format(*a["interval"]) if any(a["interval"]) else "–"
+            print(f"{name:36s} {a['recall']:7.3f} {a['change']:+7.3f}   {between:>16s} "
+                  f"{a['text']:8.4f} {a['text_change']:+8.4f} +-{a['text_margin']:7.4f}")
+    return {"arms": arms, "ablation": tables["ablation"], "ablation_crowded": tables["crowded"],
             "forgetting": under(v, "forget_"), "two_hop": under(v, "hop_"),
             "mqar": under(v, "mqar_")}
 

@@ -11,7 +11,7 @@ Eligibility, what a token has to tell the weights (engrams), and the write itsel
 
     k   = kappa / sqrt(S) at the read tick                          where memory should answer
     f   = phi(k), CTMBlock.features                                 in F directions instead of S
-    v   = eta dopamine salience U e / |U e|                         what it should add there,
+    v   = eta dopamine U e / |U e|                                  what it should add there,
     e   = g (E[next] - sum_v p(v) E[v])                             what came - what was expected
     W  <- W + (v - W f) (P f / f'P f)',   P = (n0 Sigma + ridge I + past f f')^-1
 
@@ -69,16 +69,16 @@ def salience_logit(ctm: CTMBlock, key: Tensor) -> Tensor:
     return key @ ctm.salience_weight + ctm.salience_bias
 
 
-def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, weight: Tensor) -> Tensor:
-    """What memory should add to h: eta weight, in the direction of U e. DESIGN §3 has no unit
+def engrams(model: NanoCTM, hidden: Tensor, next_tokens: Tensor, reward: Tensor) -> Tensor:
+    """What memory should add to h: eta dopamine, in the direction of U e. DESIGN §3 has no unit
     length: there some tokens of a value are written thirty times as loud as others, and the quiet
-    ones are not heard (LOG.md).
+    ones are not heard. It weighs by salience too: that did nothing, salience only chooses (LOG.md).
 
-    hidden (n, D) that the head read without a memory, next_tokens (n,), weight (n,) = dopamine x
-    salience -> (n, D).
+    hidden (n, D) that the head read without a memory, next_tokens (n,), reward (n,) dopamine
+    -> (n, D).
     """
     toward = prediction_error(model, hidden, next_tokens) @ model.ctm.engram.T
-    return (torch.exp(model.ctm.log_eta) * weight[:, None]
+    return (torch.exp(model.ctm.log_eta) * reward[:, None]
             * torch.nn.functional.normalize(toward, dim=1))
 
 
@@ -305,11 +305,11 @@ class SessionMemory:
             return Factors(none.view(0, S), none.view(0, D), none, none, none, none.long(),
                            none.long())
         whole = Marked(*map(torch.cat, zip(*pieces)))
-        weight = whole.salience * whole.dopamine
-        strongest = weight.topk(min(self.budget, len(weight))).indices.sort().values
+        strength = whole.salience * whole.dopamine
+        strongest = strength.topk(min(self.budget, len(strength))).indices.sort().values
         hidden, came, key, *figures = (x[strongest] for x in whole)
         return Factors(key / math.sqrt(key.shape[1]),
-                       engrams(self.model, hidden, came, weight[strongest]), *figures)
+                       engrams(self.model, hidden, came, whole.dopamine[strongest]), *figures)
 
 
 def about(model: NanoCTM, tokens: Tensor) -> Tensor:
@@ -453,6 +453,8 @@ def faded(ctm: CTMBlock, room: Room, rule: WriteRule) -> Room:
     P = P_0 - T' T becomes P_0 - fade T' (I - (1 - fade) T L T')^-1 T (Woodbury, twice)."""
     if rule.fade == 1 or not room.past:
         return room
+    if not rule.fade:
+        return room._replace(past=())
     rows, rest = (x.cpu() for x in text_part(ctm, rule))
     past = torch.cat(room.past).double()
     taken = (past @ rows.T) @ (past @ rows.T).T + (past * (rest + rule.ridge)) @ past.T
@@ -541,11 +543,16 @@ class OrdinaryText:
             self.read = model.ctm.features(self.ticks.keys / math.sqrt(model.ctm.config.sync))
 
     @torch.no_grad()
-    def nats(self, weight: Tensor | None) -> float:
-        """Mean nats per token at the tick read, with W_m (D, F) beside W_c, or without a memory."""
+    def by_window(self, weight: Tensor | None) -> Tensor:
+        """(B,) mean nats per token of each window, at the tick read, with W_m (D, F) beside W_c,
+        or without a memory."""
         thought = self.alone if weight is None else self.model.aided(
             self.ticks, self.targets, self.alone, self.read @ weight.to(self.read).T)
-        return float(thought.nats.nanmean())
+        return thought.nats.nanmean(1)
+
+    def nats(self, weight: Tensor | None) -> float:
+        """The same of all windows."""
+        return float(self.by_window(weight).mean())
 
 
 def why(store: "Store", said: list[Spoken]) -> list[dict]:

@@ -464,8 +464,9 @@ def telling(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.
     keys (N, S), values (N, D), salience (N,)."""
     hidden, key, came = lived.hidden[known], lived.key[known], following[known]
     salient, (_, surprise) = salience(model.ctm, key), model.score(hidden, came)
-    # v = eta dopamine salience (U e + b), where life says U e / |U e|. b is the same for all that
-    # is known, so whoever is asked about reads it; LOG.md has what training without it came to.
+    # v = eta dopamine salience (U e + b), where life says U e / |U e| and has a threshold for
+    # salience. b is the same for all that is known, so whoever is asked about reads it; LOG.md has
+    # what training without it came to.
     reward = dopamine(surprise, model.ctm.mean_surprise) * salient
     toward = prediction_error(model, hidden, came) @ model.ctm.engram.T + model.ctm.engram_bias
     values = torch.exp(model.ctm.log_eta) * reward[:, None] * toward
