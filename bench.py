@@ -860,7 +860,7 @@ def measured(parts: dict) -> dict[str, list[float]]:
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in made_of)
                             + json.dumps([globals()[k] for k in SETTINGS]).encode())
     kept = Path("out/bench_memory") / digest.hexdigest()[:12]
-    tasks = [(name, seed) for name in parts for seed in range(seeds)]
+    tasks = [(name, seed) for name in reversed(parts) for seed in range(seeds)]   # longest first
     with one_process_each(len(tasks)) as pool:
         runs = {pool.submit(part_of, *task, kept / "{}-{}.json".format(*task) if full else None):
                 task for task in tasks}

@@ -89,7 +89,7 @@ other_tick = "any"          # tick loss, beside the most certain tick: "any" by 
 thinking_share = 1.0        # share of a row that thinks at a step; the block costs that much less
 inherited_share = 0.3       # phases 2, 3: steps that start from an earlier session's sync
 # phase 3
-graft = ""                  # the thinking block to start from
+graft = ""                  # the thinking block to start from; one of phase 3 learns on
 chunk = 32                  # C: tokens between two renewals of the carried sync
 carry_rows = 4              # mixture rows on steps that read by chunks, gradients through the carry
 carry_share = 0.25          # these steps; on the others nothing is carried
@@ -180,7 +180,8 @@ def build_model() -> NanoCTM:
     model = (load_graft(base, Path(graft)) if phase == 3
              else load_backbone(base, thought=thought_config(), block=block))
     if phase == 3:
-        model.ctm.log_eta.data.fill_(math.log(write_strength))
+        if not was_writable(model):
+            model.ctm.log_eta.data.fill_(math.log(write_strength))
         model.ctm.read_along(train_expand)
     if ffn:
         trained = load_graft(base, Path(ffn))
@@ -191,6 +192,11 @@ def build_model() -> NanoCTM:
     model.requires_grad_(False)
     block_module(model).float().requires_grad_(True)
     return model
+
+
+def was_writable(model: NanoCTM) -> bool:
+    """Whether phase 3 has measured this block's keys: it goes on from its strength and moments."""
+    return model.ctm is not None and bool(model.ctm.key_moment.tril(-1).any())
 
 
 def learner(model: NanoCTM) -> torch.nn.Module:
@@ -544,13 +550,13 @@ def apply_baseline(model: NanoCTM, report: dict, step: int) -> None:
     surprise = torch.tensor([report.get("nats", float(model.ctm.mean_surprise))],
                             device=report["y_out"].device)
     seen = averaged(torch.cat([report["y_out"].flatten(), surprise]))
-    rate = max(baseline_rate, 1 / (step + 1))
+    rate = max(baseline_rate, 1 / (step + 1) if phase == 2 else 0)  # phase 3 has phase 2's
     model.ctm.settle(*seen[:-1].view_as(report["y_out"]), rate)
     model.ctm.mean_surprise.lerp_(seen[-1], rate)
 
 
 @torch.no_grad()
-def apply_moment(moment: torch.Tensor, key: torch.Tensor, before: int) -> None:
+def apply_moment(moment: torch.Tensor, key: torch.Tensor, before: float) -> None:
     """Move a running second moment (S, S) towards that of these keys (n, S), as unit vectors;
     before: how often it was moved."""
     found = averaged(key.T @ key / key.shape[1] / len(key))
@@ -841,14 +847,16 @@ def step_loss(model: NanoCTM, mixture: data.Mixture, batch: list[torch.Tensor], 
     return phase3_loss(model, batch, told, crowd, key[0])
 
 
-def after_step(model: NanoCTM, mixture: data.Mixture, report: dict, step: int, device: str) -> None:
-    """What moves without a gradient, after the optimizer's step only."""
+def after_step(model: NanoCTM, mixture: data.Mixture, report: dict, step: int, device: str,
+               earlier: float) -> None:
+    """What moves without a gradient, after the optimizer's step only; earlier: how often the
+    moments had been moved when the run began."""
     if "y_out" in report:
         apply_baseline(model, report, step)
     if "key" in report:
-        apply_moment(model.ctm.key_moment, report["key"], int(step * carry_share))
+        apply_moment(model.ctm.key_moment, report["key"], int(step * carry_share) + earlier)
     if "due" in report:
-        apply_moment(model.ctm.due_moment, report["due"], step)
+        apply_moment(model.ctm.due_moment, report["due"], step + earlier)
     if phase == 3 and step + 1 == max_steps:
         measure_moments(model, mixture, device)
         settle_length(model, mixture, device)
@@ -866,6 +874,7 @@ def main() -> None:
         torch.set_num_threads(1)                                    # more only pay on larger models
     torch.manual_seed(seed)                                         # same weights in every process
     model, mixture, held_out, text_sha256 = prepare(where)
+    earlier = math.inf if was_writable(model) else 0
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(learning)
     folder, state = Path(out_dir), {"step": 0, "best": float("inf"), "processes": world,
@@ -904,7 +913,7 @@ def main() -> None:
             raise ValueError(not_finite(f"loss {total} with gradient norm {norm}", step, folder))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        after_step(model, mixture, report, step, where)
+        after_step(model, mixture, report, step, where, earlier)
 
         done = step + 1
         busy, counted = busy + time.time() - clock, counted + 1     # norm, loss read: device done
