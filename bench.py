@@ -390,9 +390,9 @@ class Mind:
     def factors(self, sessions: list[str]) -> list[Factors]:
         return [f for f, _, _ in self.told(sessions)]
 
-    def write(self, factors: list[Factors]) -> Plastic:
+    def write(self, factors: list[Factors], rule: WriteRule = WriteRule()) -> Plastic:
         """The memory that sessions make, to be read: P of hundreds of them fills the machine."""
-        return Plastic(compact_sessions(self.ctm, factors).weight)
+        return Plastic(compact_sessions(self.ctm, factors, rule).weight)
 
     def ask(self, questions: list[str], plastic: Plastic | None | list[Plastic] = None,
             before: list[str] | None = None) -> list[str]:
@@ -412,9 +412,12 @@ class Mind:
                                       plastic=weight))
         return [said[i] for i in range(len(prompts))]
 
+    def known(self, questions: list[str], facts: list[data.Fact], plastic) -> list[bool]:
+        """Which of the facts are recalled."""
+        return list(map(data.is_recalled, self.ask(questions, plastic), facts))
+
     def recall(self, world: data.FactWorld, facts: list[data.Fact], plastic) -> float:
-        asked = [world.ask(f, held_out=True) for f in facts]
-        return mean(map(data.is_recalled, self.ask(asked, plastic), facts))
+        return mean(self.known([world.ask(f, held_out=True) for f in facts], facts, plastic))
 
 
 def batches(items: list, size: int) -> list[list]:
@@ -465,8 +468,7 @@ class Sample:
 
     def known(self, plastic: Plastic | None, mind: Mind | None = None) -> list[bool]:
         """Which of the facts are recalled, asked in other words."""
-        said = (mind or self.mind).ask(self.asked["paraphrase"], plastic)
-        return list(map(data.is_recalled, said, self.facts))
+        return (mind or self.mind).known(self.asked["paraphrase"], self.facts, plastic)
 
     def told_in(self, which: list[int], alone: list, tens: list) -> list:
         """What belongs to the sessions in which these facts were told: one alone, or tens."""
@@ -608,7 +610,7 @@ def order_figures(s: Sample) -> dict:
     found = {"retention": first, "negation": mind.recall(world, facts, denied),
              "own_guess": mind.recall(world, facts, guessed)}
     for kind, rule in {"": WriteRule(), "_all_kept": WriteRule(near=math.inf)}.items():
-        after, thrice = (compact_sessions(mind.ctm, left + more, rule) for more in (anew, again))
+        after, thrice = (mind.write(left + more, rule) for more in (anew, again))
         said = mind.ask(asked, after)
         found |= {f"changed{kind}": mean(map(data.is_recalled, said, changed)),
                   f"old{kind}": mean(map(data.is_recalled, said, facts)),
@@ -711,10 +713,6 @@ class FineTuning:
             self.optimizer.zero_grad()
         self.passes += 1
 
-    def plastic(self) -> Plastic:
-        """Of a mind whose memory reads keys."""
-        return Plastic(self.weight.detach().clone())
-
     def flops(self) -> int:
         """The sessions are read once; each pass then goes forward and back through the head, which
         does not learn, and through the tensor, which alone does: 4 D S a token."""
@@ -744,7 +742,7 @@ def fine_tune_figures(s: Sample) -> dict:
                 for t in tuned:
                     while t.passes < until:
                         t.one_pass()
-                plastics = [t.plastic() for t in tuned]
+                plastics = [Plastic(t.weight.detach().clone()) for t in tuned]
                 known = mind.recall(s.world, chosen, plastics)
                 yield known, plastics[0].weight, until, tuned[0].flops()
                 if known >= 0.95:
@@ -860,7 +858,7 @@ def measured(parts: dict) -> dict[str, list[float]]:
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in made_of)
                             + json.dumps([globals()[k] for k in SETTINGS]).encode())
     kept = Path("out/bench_memory") / digest.hexdigest()[:12]
-    tasks = [(name, seed) for name in reversed(parts) for seed in range(seeds)]   # longest first
+    tasks = [(name, seed) for name in reversed(parts) for seed in range(seeds)]  # mqar is longest
     with one_process_each(len(tasks)) as pool:
         runs = {pool.submit(part_of, *task, kept / "{}-{}.json".format(*task) if full else None):
                 task for task in tasks}
@@ -1036,7 +1034,7 @@ def by_retrieval(s: Sample, which: list[int], most: int) -> Taught:
 
 
 def by_fine_tuning(passes: int, share: float = 1.0):
-    """AdamW on the tensor that the memory is written beside, all of it or the rows that these
+    """AdamW on the tensor that the memory is written beside, all of it or the channels that these
     sessions use most."""
     def learn(s: Sample, which: list[int], lr: float) -> Taught:
         sessions = s.told_to(which)
@@ -1167,13 +1165,13 @@ def by_editing(s: Sample, which: list[int], weight: float) -> Taught:
 def ablation_figures(s: Sample) -> dict:
     """A hundred facts with one ingredient of the write taken away, or put in: recall in other
     words, what it does to text, and the share of facts that are lost by it and won."""
-    whole = s.known(s.whole), text_cost(s.ordinary, s.whole)
-    found = taken_away("ablation_nothing", whole, whole)
+    whole = s.known(s.whole), text_cost(s.ordinary, s.whole, s.ordinary)
+    found = compared("ablation_nothing", whole, whole)
 
     def note(name: str, plastic: Plastic, who: Mind = s.mind) -> None:
         text = OrdinaryText(who.model, s.windows[:8])               # it may think otherwise
-        found.update(taken_away(f"ablation_{name}", whole,
-                                (s.known(plastic, who), text_cost(text, plastic))))
+        cost = text_cost(text, plastic, s.ordinary if who is s.mind else text)
+        found.update(compared(f"ablation_{name}", whole, (s.known(plastic, who), cost)))
     for name, plastic in other_rules(s):
         note(name, plastic)
     for name, mind, factors in other_blocks(s):
@@ -1185,41 +1183,36 @@ def ablation_figures(s: Sample) -> dict:
     return found
 
 
-def undamped(told: list[Factors]) -> list[Factors]:
-    return [f._replace(values=f.values / f.dopamine[:, None]) for f in told]
-
-
 def crowded_figures(s: Sample) -> dict:
     """The same with all that can be said of people in the memory, where it has most to protect:
     recall of a hundred facts, lost and won by what is taken away, and ordinary text."""
-    mind, world, found = s.mind, s.world, {}
+    mind, world = s.mind, s.world
     facts = world.population(most_facts(world))
     left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
     some = world.rng.sample(facts, 100)
     asked = [world.ask(f, held_out=True) for f in some]
-    for name, rule, factors in (("nothing", WriteRule(), left),
-                                ("no protection of text", WriteRule(n0=0.0), left),
-                                ("no protection of the past", WriteRule(fade=0.0), left),
-                                ("no delta", WriteRule(delta=False), left),
-                                ("no dopamine", WriteRule(), undamped(left))):
-        plastic = compact_sessions(mind.ctm, factors, rule)
-        did = (list(map(data.is_recalled, mind.ask(asked, plastic), some)),
-               text_cost(s.ordinary, plastic))
-        whole = did if name == "nothing" else whole
-        found |= taken_away(f"crowded_{name}", whole, did)
+
+    def did(rule: WriteRule, factors: list[Factors]) -> tuple[list[bool], Tensor]:
+        plastic = mind.write(factors, rule)
+        return mind.known(asked, some, plastic), text_cost(s.ordinary, plastic, s.ordinary)
+    whole = did(WriteRule(), left)
+    found = compared("crowded_nothing", whole, whole)
+    for name, rule, factors in ingredients(left):
+        found |= compared(f"crowded_{name}", whole, did(rule, factors))
     return found
 
 
-def text_cost(text: OrdinaryText, plastic: Plastic) -> Tensor:
-    """What a memory costs each window of ordinary text, as a share of its nats without."""
-    before = text.by_window(None)
+def text_cost(text: OrdinaryText, plastic: Plastic, alone: OrdinaryText) -> Tensor:
+    """(B,) what a memory costs each window of ordinary text, as a share of the nats without one,
+    and unchanged: of `alone`."""
+    before = alone.by_window(None)
     return (text.by_window(plastic.weight) - before) / before.mean()
 
 
-def taken_away(name: str, whole: tuple[list[bool], Tensor], did: tuple[list[bool], Tensor]) -> dict:
+def compared(name: str, whole: tuple[list[bool], Tensor], did: tuple[list[bool], Tensor]) -> dict:
     """What an ablation did, next to the whole write: recall, the shares of facts that are lost by
     it and won, text over text before, and how much of that is the ablation's, with the half width
-    of its 95 % interval (paired by window, Student's t)."""
+    of its 95 % interval (paired by window, Student's t of eight)."""
     (known, cost), (right, costs) = whole, did
     more = costs - cost
     return {name: mean(right), f"{name}_text": 1 + float(costs.mean()),
@@ -1229,31 +1222,36 @@ def taken_away(name: str, whole: tuple[list[bool], Tensor], did: tuple[list[bool
             f"{name}_text_margin": 2.36 * float(more.std()) / math.sqrt(len(more))}
 
 
-def other_rules(s: Sample):
-    """-> names, and memories of the same hundred facts, otherwise written."""
-    ctm, told = s.mind.ctm, s.factors
-    again = s.mind.factors([session_text(s.world, part) for _ in range(2)
-                            for part in batches(s.facts, 10)])
-    kept = WriteRule(near=math.inf)
-    for name, rule, factors in (
-            ("no protection of text", WriteRule(n0=0.0), told),
+def ingredients(told: list[Factors]) -> list[tuple[str, WriteRule, list[Factors]]]:
+    """What can be left out of the write of these sessions."""
+    return [("no protection of text", WriteRule(n0=0.0), told),
             ("no protection of the past", WriteRule(fade=0.0), told),
             ("no delta", WriteRule(delta=False), told),
+            ("no dopamine", WriteRule(),
+             [f._replace(values=f.values / f.dopamine[:, None]) for f in told])]
+
+
+def other_rules(s: Sample):
+    """-> names, and memories of the same hundred facts, otherwise written."""
+    told, kept = s.factors, WriteRule(near=math.inf)
+    again = s.mind.factors([session_text(s.world, part) for _ in range(2)
+                            for part in batches(s.facts, 10)])
+    gated = [torch.where(f.keys.abs() > f.keys.abs().median(1, keepdim=True).values, f.keys, 0.0)
+             for f in told]
+    for name, rule, factors in (
+            *ingredients(told),
             ("no projection", WriteRule(project=False), told),
             ("neither", WriteRule(delta=False, project=False), told),
             ("weight norm at most 1 %", WriteRule(norm_cap=0.01), told),
             ("nothing superseded", kept, told),
             ("told three times, nothing superseded", kept, told + again),
-            ("... no delta", replace(kept, delta=False), told + again)):
-        yield name, compact_sessions(ctm, factors, rule)
-    gated = [torch.where(f.keys.abs() > f.keys.abs().median(1, keepdim=True).values, f.keys, 0.0)
-             for f in told]
-    for name, factors in (
-            ("no dopamine", undamped(told)),
-            ("every token eligible", Mind(threshold=0.0, budget=1000).factors(s.texts[10])),
-            ("novelty gate", [f._replace(keys=torch.nn.functional.normalize(keys, dim=1))
-                              for f, keys in zip(told, gated)])):
-        yield name, s.mind.write(factors)
+            ("... no delta", replace(kept, delta=False), told + again),
+            ("every token eligible", WriteRule(),
+             Mind(threshold=0.0, budget=1000).factors(s.texts[10])),
+            ("novelty gate", WriteRule(),
+             [f._replace(keys=torch.nn.functional.normalize(keys, dim=1))
+              for f, keys in zip(told, gated)])):
+        yield name, s.mind.write(factors, rule)
 
 
 def other_blocks(s: Sample):
@@ -1616,8 +1614,8 @@ def full_figures(found: dict[str, dict]) -> dict:
                                "text_change": a[f"{name}_text_change"],
                                "text_margin": a[f"{name}_text_margin"] / math.sqrt(seeds)}
                         for name in a if f"{name}_text" in a}
-        print(f"\n{f'{told}, without':36s} {'recall':>7s} {'change':>7s} {'95 % interval':>18s} "
-              f"{'text x':>8s} {'change':>17s}")
+        print(f"\n{told + ', without':36s} {'recall':>7s} {'change':>7s} {'95 % interval':>18s} "
+              f"{'text x':>8s} {'change':>18s}")
         for name, a in tables[kind].items():
             between = "{:+.3f} .. {:+.3f}".format(*a["interval"]) if any(a["interval"]) else "–"
             print(f"{name:36s} {a['recall']:7.3f} {a['change']:+7.3f}   {between:>16s} "

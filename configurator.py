@@ -36,6 +36,7 @@ def configure(settings: dict, argv: list[str] | None = None) -> dict:
     Ends the program with status 2 on an unknown key or a value of the wrong type, 0 after --help.
     """
     known = {k: v for k, v in settings.items() if not k.startswith("_")
+             and (k.islower() or len(k) == 1)                       # B and T, no constants
              and isinstance(v, (bool, int, float, str))}
     argv, where = list(sys.argv[1:] if argv is None else argv), "the command line"
     while argv:

@@ -157,7 +157,7 @@ class SessionMemory:
 
         session = SessionMemory(model, rows=len(tokens))
         thought = session.read(tokens, Cache(), plastic)    # the last token waits for its successor
-        thought = session.read(reply, thought.cache, plastic, own=1)  # own words: never eligible
+        thought = session.read(reply, thought.cache, own=reply.shape[1])    # own: never eligible
         factors = session.close()                           # one Factors per row
 
     The model itself only ever sees `m` (B, 2, S). With gradients on, they flow through m across
@@ -696,7 +696,7 @@ class Store:
     # -- what it knows
 
     def plastic(self) -> Tensor | None:
-        """W_m (D, F) fp32 on the model's device; None while nothing was ever told."""
+        """W_m (D, F) fp32 on the model's device; None where nothing is told."""
         if not self.entries:
             return None
         unread = self._memory is not None or self._weight is None
@@ -998,7 +998,7 @@ class Store:
         """Files that no manifest names: left by a crash before it was replaced, or forgotten."""
         living = {f"{e['id']}.safetensors" for e in self.entries}
         for kind in ("sessions", "snapshots"):
-            for path in (self.folder / kind).glob("*") if (self.folder / kind).is_dir() else ():
+            for path in (self.folder / kind).glob("*"):
                 if path.name not in living:
                     path.unlink()
         for name in UNFINISHED:
@@ -1030,8 +1030,7 @@ def sha256(blob: bytes) -> str:
 
 
 def _checked_entry(entry: dict) -> dict:
-    """A session's line in the manifest, as it should be. KeyError, TypeError or ValueError
-    otherwise."""
+    """A session's line in the manifest, as it should be; one of DAMAGE otherwise."""
     right = (all(isinstance(entry[k], str) for k in ("id", "sha256", "snapshot_sha256"))
              and re.fullmatch("[0-9a-f]+(-[0-9]+)?", entry["id"])
              and all(type(entry[k]) is int and entry[k] >= 0 for k in ("tokens", "factors"))

@@ -9,9 +9,9 @@
     # also --show_session=ID --forget=ID|all --export_to=F --import_from=F
     python sample.py --memory_dir=mem --sessions
 
-With --memory a session is a chat. What surprised it is written into the weights when it ends, be
-that by an empty line, the end of the input or Ctrl-C. --memory read-only answers from the memory
-and never writes a byte.
+With --memory a session is a chat. What it found worth keeping is written into the weights when it
+ends, the louder the more it surprised, be that by an empty line, the end of the input or Ctrl-C.
+--memory read-only answers from the memory and never writes a byte.
 """
 import json
 import sys
@@ -204,7 +204,7 @@ def list_sessions(store: Store) -> None:
     plastic = store.plastic()
     print(f"{len(store.entries)} session(s) in {store.folder}", end="")
     if plastic is not None:
-        weight, ctm = plastic.double().cpu(), store.model.ctm
+        weight, ctm = plastic.cpu(), store.model.ctm
         print(f", {100 * output_change(ctm, weight):.2f} % of the output power on ordinary text, "
               f"{norm_ratio(ctm, weight):.2f} of the weight norm", end="")
     print()
@@ -224,7 +224,7 @@ def show_one(store: Store, which: str) -> None:
 
 
 def look_after(model: NanoCTM) -> None:
-    """--list and its siblings: one action on the store, then stop."""
+    """--sessions and its siblings: what is asked of the store, then stop."""
     writing = memory != "read-only" and (forget and Path(memory_dir).exists() or import_from)
     with Store(memory_dir, model, not writing, max_drift=max_drift, forget=forget) as store:
         if forget:

@@ -10,7 +10,8 @@ Phase 1: cross-entropy. Phase 2: the block first imitates the FFN that it replac
 its output, no head needed), then learns by the tick loss. Phase 3: it reads with a carried state
 and learns to be written to: told in one session, solved into a memory with gradients, asked in
 another. All read the same mixture. A run resumes exactly: batches are a function of (seed, step),
-so the step is the data position. Checkpoints: out_dir/last and out_dir/best.
+so the step is the data position. Checkpoints: out_dir/last and out_dir/best; phase 3 measures what
+its write needs at its last step alone, so that a memory lives with `last`.
 Left out on purpose: anything that changes K or the architecture in the middle of a run.
 """
 import json
@@ -289,7 +290,7 @@ def inherited_sync(model: NanoCTM, before: torch.Tensor) -> torch.Tensor:
         real = (before >= 0).sum(1, keepdim=True)                   # right-padded: last 64 tokens
         last = real - 64 + torch.arange(64, device=before.device)
         return read_session(
-            model, before.gather(1, last.clamp(min=0)).masked_fill(last < 0, -1))[0].m
+            model, before.gather(1, last.clamp(min=0)).masked_fill(last < 0, -1), chunk)[0].m
 
 
 # -----------------------------------------------------------------------------
@@ -473,9 +474,9 @@ def telling(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.
     # v = eta dopamine salience (U e + b), where life says U e / |U e| and has a threshold for
     # salience. b is the same for all that is known, so whoever is asked about reads it; LOG.md has
     # what training without it came to.
-    reward = dopamine(surprise, model.ctm.mean_surprise) * salient
+    strength = dopamine(surprise, model.ctm.mean_surprise) * salient
     toward = prediction_error(model, hidden, came) @ model.ctm.engram.T + model.ctm.engram_bias
-    values = torch.exp(model.ctm.log_eta) * reward[:, None] * toward
+    values = torch.exp(model.ctm.log_eta) * strength[:, None] * toward
     return key / math.sqrt(key.shape[-1]), values, salient
 
 
@@ -512,7 +513,8 @@ def written(ctm: CTMBlock, keys: torch.Tensor, salient: torch.Tensor,
     phi reads phi' reader of each factor, and W_m = values' reader'.
 
     "sum" is linear attention over the factors. "solved" is what the living rule arrives at when it
-    may look at all factors at once: W K' = V by ridge regression, with the same protection.
+    may look at all factors at once: W K' = V by ridge regression, protected alike, each factor
+    weighted by its salience, where life has a threshold.
     mind (n,): which of several memories, solved side by side, each factor belongs to.
     """
     if write_rule == "sum":

@@ -1,5 +1,5 @@
 """The block of Qwen3-0.6B learns to carry its thinking and to be written to:
-documents cut in two, and dialogues. One RTX 5090 (32 GB).
+documents cut in four, and dialogues. One RTX 5090 (32 GB).
 
     python train.py config/phase3.py --dry_run=True
     python train.py config/phase3.py

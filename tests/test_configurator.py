@@ -6,7 +6,7 @@ from configurator import configure
 
 def settings() -> dict:
     return {"__doc__": "A script.", "__file__": __file__, "learning_rate": 0.1, "steps": 10,
-            "name": "a", "dry_run": False, "_hidden": 1}
+            "name": "a", "dry_run": False, "_hidden": 1, "LIMIT": 1}
 
 
 def test_a_file_comes_first_and_options_override_it(tmp_path):
@@ -35,6 +35,7 @@ def test_options_in_every_spelling(argv, key, value):
     (["--steps=many"], "expected int such as 10, found 'many'"),
     (["--steps"], "expected a value after --steps, found none"),
     (["--_hidden=2"], "unknown key '_hidden'"),
+    (["--LIMIT=2"], "unknown key 'LIMIT'"),
     (["nothing.py"], "expected a config file or --key=value, found 'nothing.py'"),
     (["--dry_run=1"], "expected bool such as False, found 1")])
 def test_bad_options_end_with_one_line_and_status_2(argv, said, capsys):

@@ -152,10 +152,11 @@ def test_the_budget_keeps_the_strongest(model):
 # -----------------------------------------------------------------------------
 # invariant 7: the write
 
-def test_the_write_is_the_projected_delta_rule(model):
+@pytest.mark.parametrize("fade", [0.5, 0.0])
+def test_the_write_is_the_projected_delta_rule(model, fade):
     """Against the equations solved afresh for every token;
     and read as linear attention over the solved factors."""
-    rule = WriteRule(n0=7.0, ridge=0.1, fade=0.5, wide=torch.float64)
+    rule = WriteRule(n0=7.0, ridge=0.1, fade=fade, wide=torch.float64)
     ctm, (D, S) = model.ctm, model.ctm.c_proj.weight.shape
     sessions = [some_factors(model, 6, seed) for seed in range(40)] # lets rounding grow, if it can
     single = dataclasses.replace(rule, wide=torch.float32)
