@@ -401,7 +401,7 @@ class TickState(NamedTuple):
     beta_act: Tensor
 
 
-DUE = 20.0                  # of a key where a value is due, in whitening, where text weighs 100
+DUE = 8.0                   # of a key where a value is due, in whitening, where text weighs 100
 
 
 class CTMBlock(nn.Module):
