@@ -1,6 +1,7 @@
 """The loop end to end on a very small world:
 phases 1 and 2, exact resume, and one line for everything that goes wrong."""
 import json
+import math
 import os
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def phase3(world: Path, out: str, *extra: str, processes: int = 1) -> subprocess
                  processes=processes)
 
 
-def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted):
+def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted, monkeypatch):
     world = grafted
     for out, extra in (("m1", []), ("m2", ["--stop_at=4"]), ("m2", ["--resume"])):
         run = phase3(world, out, "--document_write=True", *extra)
@@ -130,6 +131,11 @@ def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted):
     log = [json.loads(line) for line in (world / "m1/log.jsonl").read_text().splitlines()]
     assert {"value_nats", "agree", "reading", "rank", "salient_facts", "weights_10",
             "weights_50"} <= log[-1].keys()
+    monkeypatch.setattr(training, "phase", 3)                       # learning on keeps its strength
+    monkeypatch.setattr(training, "base", f"{world}/whole/last")
+    for run, eta in (("g1", math.log(training.write_strength)), ("m1", float(after["log_eta"]))):
+        monkeypatch.setattr(training, "graft", f"{world}/{run}/last/graft.safetensors")
+        assert float(training.build_model().ctm.log_eta) == pytest.approx(eta)
 
 
 @pytest.mark.parametrize("minds", [1, 2, 5])
