@@ -35,7 +35,7 @@ demo: .venv/installed
 	@echo "--- the same with the memory off"
 	@$(call ASK,--memory off)
 	@echo "--- real text, continued"
-	@$(RUN) sample.py --start="Return the name of the " --max_new_tokens=40
+	@$(RUN) sample.py --start="Return the name of the " --max_new_tokens=40 --temperature=0.8 --top_k=40
 	@echo "--- facts in the prompt; every token with its tick and certainty"
 	@printf '%s\n' "Fenlix works as a florist. Marvas works as a ranger. Fenlix keeps a trout." "What work does Marvas have?" \
 	  | $(RUN) sample.py --chat --show=ticks
