@@ -318,7 +318,8 @@ def test_every_way_to_the_same_sessions_ends_in_the_same_bits(small, tmp_path, m
     one_by_one = compact_sessions(small.ctm, [f.rounded() for f in sessions[:17]])
     all_kept = compact_sessions(small.ctm, [f.rounded() for f in sessions[:17]],
                                 WriteRule(near=math.inf))
-    assert (a.plastic() - one_by_one.weight).abs().max() < 1e-5
+    largest = one_by_one.weight.abs().max()                         # of fp32
+    assert (a.plastic() - one_by_one.weight).abs().max() < 1e-5 * largest
     assert (a.plastic() - all_kept.weight).abs().max() > 1e-3
 
 
