@@ -175,7 +175,9 @@ def test_a_store_that_loses_a_session_is_found_out(fire, monkeypatch):
     honest = bench.Store._replace_manifest
     monkeypatch.setattr(bench.Store, "_replace_manifest",
                         lambda store, entries, now: honest(store, entries[:1], now))
-    assert bench.killed_at_random(fire, 3, seed=5, within_s=3.0)["lost_sessions"] > 0
+    # a child that is killed before it has told twice has nothing to lose: others follow
+    assert any(bench.killed_at_random(fire, 3, seed, within_s=3.0)["lost_sessions"]
+               for seed in range(5, 10))
 
 
 def test_no_lie_is_imported_and_a_full_disk_refuses(fire):
