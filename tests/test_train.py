@@ -138,6 +138,14 @@ def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted, monke
         assert training.build_model().ctm.log_eta.item() == pytest.approx(eta)
 
 
+@pytest.mark.parametrize("phase, moved", [(2, 1.0), (3, training.baseline_rate)])
+def test_phase_3_goes_on_from_the_baseline_of_phase_2(monkeypatch, phase, moved):
+    monkeypatch.setattr(training, "phase", phase)
+    ctm = CTMBlock(8, ThoughtConfig(ticks=2, sync=16, head_dim=8), 1e-6)
+    training.apply_baseline(SimpleNamespace(ctm=ctm), {"y_out": torch.ones(2, 2, 16)}, step=0)
+    same(ctm.baseline, torch.full((2, 16), moved))
+
+
 @pytest.mark.parametrize("minds", [1, 2, 5])
 def test_memories_solved_side_by_side_are_those_solved_apart(minds):
     """And each is the ridge regression of its own factors, weighted by their salience:
