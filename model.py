@@ -106,12 +106,12 @@ class Places:
     """Where the tokens of one call stand: rotary angles and who may look at whom."""
     cos: Tensor                 # (B, 1, T, head_dim)
     sin: Tensor
-    allowed: Tensor | None      # (B, 1, T, T_all) bool; None: causal (no past), or all (T = 1)
+    allowed: Tensor | None      # (B, 1, T, T_all) bool; None: all
+    causal: bool = False        # only the past and oneself
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Softmax attention of q (B, H, T, d) over k, v (B, H_kv, T_all, d) -> (B, T, H * d)."""
-        causal = self.allowed is None and q.shape[2] > 1
-        out = F.scaled_dot_product_attention(q, k, v, self.allowed, is_causal=causal,
+        out = F.scaled_dot_product_attention(q, k, v, self.allowed, is_causal=self.causal,
                                              enable_gqa=k.shape[1] != q.shape[1])
         return out.transpose(1, 2).flatten(2)
 
@@ -271,7 +271,9 @@ class Cache:
             allowed = before & real[:, None, :]
             allowed[:, :, -T:] |= itself  # a pad sees itself, or its softmax would be empty
             allowed = allowed[:, None]
-        trunk, block = (Places(*rope_angles(positions, d, theta), allowed) for d in head_dims)
+        causal = allowed is None and T > 1
+        trunk, block = (Places(*rope_angles(positions, d, theta), allowed, causal)
+                        for d in head_dims)
         return trunk, block, real
 
 
@@ -488,7 +490,7 @@ class CTMBlock(nn.Module):
         a = s.z + self.synapse(mixed).to(s.z.dtype)
         trace = (*s.trace[1:], a)
         z = self.nlm(torch.stack([t.flatten(0, 1).T for t in trace], -1))
-        z = z.T.unflatten(0, a.shape[:2]).to(a.dtype)
+        z = z.T.contiguous().unflatten(0, a.shape[:2]).to(a.dtype)
         return TickState(z, trace,
                          self.sync_out.r() * s.alpha_out + self.sync_out.pair(z),
                          self.sync_act.r() * s.alpha_act + self.sync_act.pair(z),

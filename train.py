@@ -21,6 +21,7 @@ import platform
 import resource
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -117,6 +118,8 @@ baseline_rate = 0.01        # of the running mean and variance of y_out
 moment_batches = 200        # at the end: two rows and 64 facts each, for what a write protects
 # machine
 device = ""                 # "" picks cuda when there is one
+dtype = "bfloat16"          # on a GPU, of matrix products; "float32": for models that are fp32
+workers = 0                 # processes that make batches ahead; 0: made when they are needed
 compile = False             # torch.compile one tick
 checkpoint_ticks = False    # recompute ticks backwards instead of keeping them
 dry_run = False             # print parameters, FLOPs and memory, then stop
@@ -703,7 +706,7 @@ def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, conf
         raise ValueError(f"--resume expected {state['processes']} processes as before, "
                          f"found {os.environ.get('WORLD_SIZE', 1)}: start as many, "
                          "or the run would be another one")
-    free = {"resume", "stop_at", "lr", "min_lr", "clip", "device", "out_dir", "compile",
+    free = {"resume", "stop_at", "lr", "min_lr", "clip", "device", "out_dir", "workers", "compile",
             "checkpoint_ticks", "log_interval", "eval_interval"}
     changed = [k for k, v in config.items() if k not in free and state["config"].get(k) != v]
     if changed:
@@ -800,12 +803,11 @@ def check_settings() -> None:
     if (teacher or ffn) and (phase == 1 or block != "ctm"):
         raise ValueError("expected teacher and ffn only where a CTM block learns, "
                          f"found phase {phase} with block {block!r}: set --teacher=False --ffn=")
-    if other_tick not in ("any", "best"):
-        raise ValueError(f"expected other_tick 'any' or 'best', found {other_tick!r}: "
-                         "choose one of the two")
-    if write_rule not in ("sum", "solved"):
-        raise ValueError(f"expected write_rule 'sum' or 'solved', found {write_rule!r}: "
-                         "choose one of the two")
+    for name, choice in (("other_tick", ("any", "best")), ("write_rule", ("sum", "solved")),
+                         ("dtype", ("bfloat16", "float32"))):
+        if globals()[name] not in choice:
+            raise ValueError(f"expected {name} {choice[0]!r} or {choice[1]!r}, "
+                             f"found {globals()[name]!r}: choose one of the two")
     for name in ("B", "T", "accumulation", "ticks", "history", "log_interval", "eval_interval",
                  "eval_rows", "eval_questions", "crowd_facts", "chunk", "cut_contexts"):
         if globals()[name] < 1:
@@ -837,16 +839,30 @@ def prepare(device: str) -> tuple[NanoCTM, data.Mixture, data.Mixture, str]:
     return model, mixture, held_out, about["text_sha256"]
 
 
-def step_loss(model: NanoCTM, mixture: data.Mixture, batch: list[torch.Tensor], *key: int
-              ) -> tuple[torch.Tensor, dict]:
-    """Loss and report of one micro-batch; key: step, micro-batch and process."""
-    if phase < 3:
-        return mixture_loss(model, batch, key[0])[:2]
-    shares = ((carry_facts, episode_facts - carry_facts + crowd_facts)
-              if share_of_steps(carry_share, key[0]) else (episode_facts, crowd_facts))
-    told, crowd = (data.Episodes(*tensors(mixture.episodes(n, *key, part), batch[0].device))
-                   for part, n in enumerate(shares))
-    return phase3_loss(model, batch, told, crowd, key[0])
+class Material(torch.utils.data.Dataset):
+    """What a process learns from, micro-batch by micro-batch: the mixture, and in phase 3 who is
+    told and who else is known. A function of the number alone, so that others may make it ahead."""
+
+    def __init__(self, mixture: data.Mixture, rank: int):
+        self.mixture, self.rank = mixture, rank
+
+    def __len__(self) -> int:
+        return max_steps * accumulation
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, ...]:
+        key = (*divmod(i, accumulation), self.rank)
+        shares = (() if phase < 3 else
+                  (carry_facts, episode_facts - carry_facts + crowd_facts)
+                  if share_of_steps(carry_share, key[0]) else (episode_facts, crowd_facts))
+        return (self.mixture.batch(B, *key),
+                *(self.mixture.episodes(n, *key, part) for part, n in enumerate(shares)))
+
+
+def material(mixture: data.Mixture, rank: int, steps: range) -> Iterator[list]:
+    """-> what each micro-batch of these steps learns from, as tensors, in order."""
+    return iter(torch.utils.data.DataLoader(
+        Material(mixture, rank), batch_size=None, num_workers=workers,
+        sampler=range(steps.start * accumulation, steps.stop * accumulation)))
 
 
 def after_step(model: NanoCTM, mixture: data.Mixture, report: dict, step: int, device: str,
@@ -887,13 +903,15 @@ def main() -> None:
     log.record({"run": header(config, world, where) | {"text_sha256": text_sha256}})
     log.say(f"phase {phase}: {sum(p.numel() for p in learning):,} parameters learn, "
             f"{sum(p.numel() for p in model.parameters() if not p.requires_grad):,} are frozen")
-    autocast = torch.autocast(where, torch.bfloat16, enabled=where == "cuda")
+    autocast = torch.autocast(where, torch.bfloat16,
+                              enabled=where == "cuda" and dtype == "bfloat16")
     last_step = min(stop_at or max_steps, max_steps)
 
     begin, before = time.time(), state.get("minutes", 0.0)
     if max_steps == 0:
         log.say(" | ".join(f"{k} {v:.4f}" for k, v in evaluate(model, held_out, where).items()))
     busy, counted, tokens_read = 0.0, 0, 0                          # seconds, without evaluation
+    ahead = material(mixture, rank, range(state["step"], last_step))
     for step in range(state["step"], last_step):
         clock = time.time()
         for group in optimizer.param_groups:
@@ -902,11 +920,13 @@ def main() -> None:
         if phase == 3 and (step < 10 or step % 20 == 0):
             model.ctm.whiten()
         total = 0.0
-        for micro in range(accumulation):
-            batch = tensors(mixture.batch(B, step, micro, rank), where)
+        for _ in range(accumulation):
+            batch, *episodes = ([x.to(where) for x in part] for part in next(ahead))
             tokens_read += int((batch[0] >= 0).sum()) * world
             with autocast:
-                loss, report = step_loss(model, mixture, batch, step, micro, rank)
+                loss, report = (phase3_loss(model, batch, *(data.Episodes(*e) for e in episodes),
+                                            step) if phase == 3
+                                else mixture_loss(model, batch, step)[:2])
             (loss / accumulation).backward()
             total += loss.item() / accumulation
         average_gradients(learning)

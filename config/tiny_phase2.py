@@ -28,3 +28,4 @@ imitation_steps = 800
 lr = 5e-3
 min_lr = 1e-4
 eval_interval = 400
+dtype = "float32"

@@ -27,3 +27,4 @@ crowd_facts = 1
 lr = 2e-3
 min_lr = 1e-4
 eval_interval = 200
+dtype = "float32"

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from conftest import SHAPES, randomised, same, some_memory, some_tokens
 from memory import SessionMemory, dopamine, read_session
@@ -452,3 +453,20 @@ def test_a_loaded_block_reads_what_the_saved_one_did(model, tmp_path):
     save_graft(model, tmp_path / "graft.safetensors")
     loaded = load_graft(str(tmp_path / "base"), tmp_path / "graft.safetensors")
     assert model.ctm.white.any() and torch.equal(loaded.ctm.white, model.ctm.white)
+
+
+# -----------------------------------------------------------------------------
+# a compiled tick
+
+def test_one_compiled_tick_serves_every_tick_and_every_length():
+    model = randomised("more pairs than neurons")
+    model.ctm.requires_grad_(True)
+    graphs = CompileCounter()
+    torch.compiler.reset()
+    model.ctm.tick = torch.compile(model.ctm.tick, backend=graphs)
+    counted = []
+    for length in (24, 32, 40, 56):                                 # from the third: any length
+        model(some_tokens(model, 2, length)).hidden.sum().backward()
+        counted.append(graphs.frame_count)
+    # the first tick's sums need no gradient: two of each, whole ones
+    assert counted == [2, 4, 4, 4]
