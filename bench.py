@@ -821,7 +821,7 @@ def write_cost(mind: Mind, texts: list[str]) -> dict:
             superseded(pointing, WriteRule().near, len(pointing) - 1)           # its time
             plastic = compact_memory(mind.ctm, plastic, factors)
     def empty() -> None:
-        mind.ctm.rooms.clear()
+        mind.ctm.projectors.clear()
         Plastic.blank(mind.ctm)
     with torch.no_grad():
         pairs = [[cpu_seconds(work, 1) for work in (reading, writing)] for _ in range(5)]

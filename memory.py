@@ -346,9 +346,9 @@ class WriteRule:
     wide: torch.dtype = torch.float32
 
 
-class Room(NamedTuple):
-    """P (F, F), what of the feature space is still free to write in, as diag(free) minus t' t of
-    every row t that something has taken: F x F numbers are never held."""
+class Projector(NamedTuple):
+    """P (F, F), what of the feature space is still free to write along, as diag(free) minus t' t
+    of every row t that something has taken: F x F numbers are never held."""
     free: Tensor                # (F,)
     text: Tensor                # (R, F), taken by ordinary text
     past: tuple[Tensor, ...] = ()       # (n, F) each, by what was written before
@@ -360,7 +360,7 @@ class Room(NamedTuple):
             found = torch.addmm(found, keys @ rows.T, rows, alpha=-1)
         return found
 
-    def without(self, rows: Tensor) -> "Room":
+    def without(self, rows: Tensor) -> "Projector":
         """What is left when these rows (n, F) are taken, too. Of more than 2 F, their triangle is
         kept: it takes the same."""
         past = (*self.past, rows)
@@ -376,32 +376,32 @@ def text_part(ctm: CTMBlock, rule: WriteRule) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def lens(ctm: CTMBlock, rule: WriteRule) -> Room:
-    """The room of an empty memory: (D + B' B)^-1 = D^-1 - D^-1 B' (I + B D^-1 B')^-1 B D^-1
+def empty_projector(ctm: CTMBlock, rule: WriteRule) -> Projector:
+    """P of an empty memory: (D + B' B)^-1 = D^-1 - D^-1 B' (I + B D^-1 B')^-1 B D^-1
     (Woodbury 1950) of B' B + D = n0 Sigma + ridge I. fp64, on the block's device; made once for
     all memories of a rule."""
     known = rule.n0, rule.ridge
-    if known not in ctm.rooms:
+    if known not in ctm.projectors:
         rows, rest = text_part(ctm, rule)
         free = 1 / (rest + rule.ridge)
         inner = torch.eye(len(rows)).to(rows) + (rows * free) @ rows.T
-        ctm.rooms[known] = Room(free, torch.linalg.solve_triangular(
+        ctm.projectors[known] = Projector(free, torch.linalg.solve_triangular(
             torch.linalg.cholesky(inner), rows * free, upper=False))
-    return ctm.rooms[known]
+    return ctm.projectors[known]
 
 
 @dataclass(frozen=True)
 class Plastic:
-    """A written memory: W_m, and the room that it leaves. Both on the CPU."""
+    """A written memory: W_m, and the P that it leaves. Both on the CPU."""
     weight: Tensor              # (D, F)
-    free: Room | None = None    # None: to be read, not written to
+    projector: Projector | None = None  # None: to be read, not written to
 
     @classmethod
     def blank(cls, ctm: CTMBlock, rule: WriteRule = WriteRule()) -> "Plastic":
         """Nothing written yet."""
         width = max(ctm.config.expand, 1) * ctm.config.sync
         return cls(torch.zeros(len(ctm.start_z), width, dtype=rule.wide),
-                   Room(*(x.to("cpu", rule.wide) for x in lens(ctm, rule)[:2])))
+                   Projector(*(x.to("cpu", rule.wide) for x in empty_projector(ctm, rule)[:2])))
 
 
 def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
@@ -418,11 +418,11 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
     weight = plastic.weight
     keys = addresses(ctm, factors).to(weight)
     values = factors.values.double().cpu()
-    if plastic.free is None:
-        raise ValueError("expected a memory with its free key space, found W_m alone: it can be "
-                         "read and not written to")
-    same, free = torch.eye(len(keys), dtype=torch.float64), faded(ctm, plastic.free, rule)
-    toward = free.along(keys)                                       # (n, F)
+    if plastic.projector is None:
+        raise ValueError("expected a memory with its projector, found W_m alone: it can be read and "
+                         "not written to")
+    same, p = torch.eye(len(keys), dtype=torch.float64), faded(ctm, plastic.projector, rule)
+    toward = p.along(keys)                                          # (n, F)
     root, flawed = torch.linalg.cholesky_ex(same + keys @ toward.T)
     toward = torch.linalg.solve_triangular(root, same, upper=False).to(weight) @ toward
     gain = root.diagonal() / (root.diagonal() ** 2 - 1)
@@ -438,7 +438,7 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
     if flawed or not torch.isfinite(weight.sum()):  # of all at once: faster than each
         raise ValueError("expected a finite memory, found one that is not: the session is not "
                          "written, all others are as before")
-    return Plastic(weight, free.without(toward))
+    return Plastic(weight, p.without(toward))
 
 
 def addresses(ctm: CTMBlock, factors: Factors) -> Tensor:
@@ -446,21 +446,21 @@ def addresses(ctm: CTMBlock, factors: Factors) -> Tensor:
     return ctm.features(factors.unit_keys().float().to(ctm.start_z.device)).cpu()
 
 
-def faded(ctm: CTMBlock, room: Room, rule: WriteRule) -> Room:
-    """The room at the beginning of a session: earlier keys, which P^-1 holds beside what text
-    shares (L), count `fade` times what they did.
+def faded(ctm: CTMBlock, p: Projector, rule: WriteRule) -> Projector:
+    """P at the beginning of a session: earlier keys, which P^-1 holds beside what text shares (L),
+    count `fade` times what they did.
 
     P = P_0 - T' T becomes P_0 - fade T' (I - (1 - fade) T L T')^-1 T (Woodbury, twice)."""
-    if rule.fade == 1 or not room.past:
-        return room
+    if rule.fade == 1 or not p.past:
+        return p
     if not rule.fade:
-        return room._replace(past=())
+        return p._replace(past=())
     rows, rest = (x.cpu() for x in text_part(ctm, rule))
-    past = torch.cat(room.past).double()
+    past = torch.cat(p.past).double()
     taken = (past @ rows.T) @ (past @ rows.T).T + (past * (rest + rule.ridge)) @ past.T
     left = torch.eye(len(past)).to(past) - (1 - rule.fade) * taken
-    return room._replace(past=(math.sqrt(rule.fade) * torch.linalg.solve_triangular(
-        torch.linalg.cholesky(left), past, upper=False).to(room.free),))
+    return p._replace(past=(math.sqrt(rule.fade) * torch.linalg.solve_triangular(
+        torch.linalg.cholesky(left), past, upper=False).to(p.free),))
 
 
 def bearings(ctm: CTMBlock, factors: Factors) -> Tensor:

@@ -541,7 +541,7 @@ class CTMBlock(nn.Module):
         would else be most of every feature. Its length makes |phi|^2 1 for a middling key.
         """
         self.whitened = tuple(m.clone() for m in moments or (self.key_moment, self.due_moment))
-        self.rooms = {}                 # what memory.lens makes of them, by its settings
+        self.projectors = {}            # memory.empty_projector of them, by its settings
         text, due = (m.double() for m in self.whitened)
         same = torch.eye(self.config.sync).to(text)
         white = torch.linalg.solve_triangular(

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 
 import configurator
 import data
-from memory import (Lived, SessionMemory, WriteRule, compact_sessions, dopamine, lens,
+from memory import (Lived, SessionMemory, WriteRule, compact_sessions, dopamine, empty_projector,
                     prediction_error, read_session, salience, salience_logit)
 from model import (HEAD_ENTRIES, BackboneConfig, CTMBlock, NanoCTM, Thought, ThoughtConfig, Ticks,
                    at_tick, block_module, choose_device, fingerprint, flops_per_token,
@@ -523,7 +523,8 @@ def written(ctm: CTMBlock, keys: torch.Tensor, salient: torch.Tensor,
     if write_rule == "sum":
         return keys.T
     keys, salient = keys.double(), salient.double()                 # small ridge: fp32 won't do
-    toward = lens(ctm, WriteRule(n0=write_n0, ridge=write_ridge)).along(keys).T         # (F, n)
+    rule = WriteRule(n0=write_n0, ridge=write_ridge)
+    toward = empty_projector(ctm, rule).along(keys).T               # (F, n)
     alike = keys @ toward
     if mind is not None:
         alike = alike * (mind[:, None] == mind)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from conftest import randomised, same, some_memory, some_tokens
 from memory import (Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, _sealed,
-                    addresses, bearings, compact_memory, compact_sessions, engrams, lens,
+                    addresses, bearings, compact_memory, compact_sessions, empty_projector, engrams,
                     norm_ratio, output_change, read_session, superseded)
 from model import Cache, generate
 
@@ -399,11 +399,11 @@ def test_what_text_costs_is_judged_against_the_memory_as_it_stands(small, tmp_pa
 
 
 def test_keys_whitened_anew_leave_another_room(small):
-    before = lens(small.ctm, WriteRule()).free
+    before = empty_projector(small.ctm, WriteRule()).free
     small.ctm.key_moment.mul_(2)
-    assert torch.equal(lens(small.ctm, WriteRule()).free, before)
+    assert torch.equal(empty_projector(small.ctm, WriteRule()).free, before)
     small.ctm.whiten()
-    assert not torch.equal(lens(small.ctm, WriteRule()).free, before)
+    assert not torch.equal(empty_projector(small.ctm, WriteRule()).free, before)
 
 
 def test_read_only_never_writes_a_byte_and_needs_no_lock(small, tmp_path):
