@@ -1957,8 +1957,8 @@ def card() -> dict:
     and its sha256."""
     folder = Path(base).parent
     (folder / "backbone").mkdir(parents=True, exist_ok=True)
-    runs = {"backbone": "tiny_phase1", "thinking": "tiny_phase2", "graft": "tiny_phase3",
-            "ffn": "tiny_ffn"}
+    runs = {"backbone": "tiny_phase1", "ffn": "tiny_ffn", "thinking": "tiny_phase2",
+            "graft_before": "tiny_phase3", "graft": "tiny_phase3_on"}
     shipped = {"tiny_phase1/last/model.safetensors": "backbone/model.safetensors",
              "tiny_phase1/last/config.json": "backbone/config.json",
              **{f"{runs[name]}/last/graft.safetensors": f"{name}.safetensors"
