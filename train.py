@@ -134,14 +134,17 @@ eval_questions = 32         # held-out questions per evaluation
 # -----------------------------------------------------------------------------
 # one process among several
 
-def start_processes(where: str) -> tuple[int, int]:
-    """-> rank, world size; one process when torchrun did not start us."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    if where == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if where == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+def start_processes(where: str) -> None:
+    """Find each other, when torchrun started us."""
+    if "RANK" in os.environ:
+        if where == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if where == "cuda" else "gloo")
+
+
+def this_process() -> tuple[int, int]:
+    """-> rank, world size"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def averaged(x: torch.Tensor) -> torch.Tensor:
@@ -576,20 +579,22 @@ def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str) -> None:
     material. A write finds its way around what they hold, so keys they have too few of are
     disturbed."""
     moments = model.ctm.key_moment, model.ctm.due_moment
-    sums, counts = [torch.zeros_like(m, dtype=torch.float64) for m in moments], [0, 0]
+    sums = [torch.zeros_like(m, dtype=torch.float64) for m in moments]
+    counts = torch.zeros(2, dtype=torch.float64, device=device)
+    rank, world = this_process()                                    # each measures its share
 
     def add(which: int, key: torch.Tensor) -> None:
         sums[which] += (key.T @ key).double()
         counts[which] += len(key)
 
-    for i in range(moment_batches):
+    for i in range(rank, moment_batches, world):
         thought = model(tensors(mixture.batch(2, max_steps, i), device)[0])
         add(0, thought.key[thought.real])
         e = data.Episodes(*tensors(mixture.episodes(64, max_steps, i), device))
         for tokens, wanted in ((e.told, e.news > 0), (e.asked, (e.weight > 1) | (e.weight < 0))):
             where = foremost(wanted.float(), int(wanted.sum(1).max()))
             add(1, model(tokens, where=where).key[wanted.gather(1, where)])
-    for moment, found, n in zip(moments, sums, counts):
+    for moment, found, n in zip(moments, map(averaged, sums), averaged(counts)):
         moment.copy_((found + found.T) / (2 * n * len(found)))      # symmetric, as a file keeps it
     model.ctm.whiten()
 
@@ -606,7 +611,7 @@ def settle_length(model: NanoCTM, mixture: data.Mixture, device: str, batches: i
         error = prediction_error(model, thought.at_read_tick(thought.hidden)[known],
                                  successors(told).gather(1, where)[known])
         lengths.append((error @ model.ctm.engram.T).norm(dim=1))
-    middle = torch.cat(lengths).median()
+    middle = averaged(torch.cat(lengths).median())                  # the same in every process
     model.ctm.log_eta.add_(middle.log())
     for x in (model.ctm.engram, model.ctm.engram_bias):
         x.div_(middle)
@@ -888,7 +893,8 @@ def main() -> None:
         return report_needs()
     check_settings()
     where = choose_device(device)
-    rank, world = start_processes(where)
+    start_processes(where)
+    rank, world = this_process()
     if where == "cpu":
         torch.set_num_threads(1)                                    # more only pay on larger models
     torch.manual_seed(seed)                                         # same weights in every process
