@@ -468,7 +468,7 @@ class CTMBlock(nn.Module):
         B, T, D = u.shape
         zero = torch.zeros(B, T, self.config.sync, device=u.device)
 
-        # of one layout at every tick, so that one compiled tick serves
+        # contiguous, as z of every tick, so that one compiled tick serves
         def everywhere(x: Tensor) -> Tensor:
             return x.to(u.dtype).expand(B, T, D).contiguous()
         return TickState(everywhere(self.start_z), tuple(map(everywhere, self.start_trace)), zero,

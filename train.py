@@ -143,7 +143,7 @@ def start_processes(where: str) -> None:
 
 
 def this_process() -> tuple[int, int]:
-    """-> rank, world size"""
+    """-> rank, world size; one process when torchrun did not start us."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -852,9 +852,6 @@ class Material(torch.utils.data.Dataset):
     def __init__(self, mixture: data.Mixture, rank: int):
         self.mixture, self.rank = mixture, rank
 
-    def __len__(self) -> int:
-        return max_steps * accumulation
-
     def __getitem__(self, i: int) -> tuple[np.ndarray, ...]:
         key = (*divmod(i, accumulation), self.rank)
         shares = (() if phase < 3 else
@@ -869,6 +866,14 @@ def material(mixture: data.Mixture, rank: int, steps: range) -> Iterator[list]:
     return iter(torch.utils.data.DataLoader(
         Material(mixture, rank), batch_size=None, num_workers=workers,
         sampler=range(steps.start * accumulation, steps.stop * accumulation)))
+
+
+def step_loss(model: NanoCTM, batch: Batch, episodes: list[Batch], step: int
+              ) -> tuple[torch.Tensor, dict]:
+    """Loss and report of one micro-batch."""
+    if phase < 3:
+        return mixture_loss(model, batch, step)[:2]
+    return phase3_loss(model, batch, *(data.Episodes(*e) for e in episodes), step)
 
 
 def after_step(model: NanoCTM, mixture: data.Mixture, report: dict, step: int, device: str,
@@ -931,9 +936,7 @@ def main() -> None:
             batch, *episodes = ([x.to(where) for x in part] for part in next(ahead))
             tokens_read += int((batch[0] >= 0).sum()) * world
             with autocast:
-                loss, report = (phase3_loss(model, batch, *(data.Episodes(*e) for e in episodes),
-                                            step) if phase == 3
-                                else mixture_loss(model, batch, step)[:2])
+                loss, report = step_loss(model, batch, episodes, step)
             (loss / accumulation).backward()
             total += loss.item() / accumulation
         average_gradients(learning)

@@ -228,6 +228,7 @@ BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Huggi
        ("--phase=4", "expected phase 1, 2 or 3"),
        ("--phase=3", "--graft=out/tiny_phase2"),
        ("--write_rule=product", "expected write_rule 'sum' or 'solved'"),
+       ("--dtype=fp16", "expected dtype 'bfloat16' or 'float32'"),
        ("--B=0", "expected B of at least 1"),
        ("--thinking_share=2", "expected thinking_share above 0 and at most 1"),
        ("--teacher=True --block=ffn", "expected teacher and ffn only where"),
