@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import configurator
 import data
-from memory import (Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule,
+from memory import (Carry, Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule,
                     about, bearings, compact_memory, compact_sessions, dopamine, engrams,
                     norm_ratio, output_change, read_session, salience, salience_logit, superseded)
 from model import (BackboneConfig, Cache, CTMBlock, NanoCTM, ThoughtConfig, Thought, block_module,
@@ -774,8 +774,8 @@ def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
 # -- ordinary text, the carry, the warm start, the price
 
 @torch.no_grad()
-def nats_after_cut(mind: Mind, tokens: Tensor, start: Tensor | None, skip: int = 0) -> float:
-    """Nats of tokens (B, T) read as sessions in a fresh context from the sync `start`,
+def nats_after_cut(mind: Mind, tokens: Tensor, start: Carry | None, skip: int = 0) -> float:
+    """Nats of tokens (B, T) read as sessions in a fresh context that go on from `start`,
     without the first `skip` positions."""
     session = SessionMemory(mind.model, len(tokens))
     session.start(start)
@@ -793,16 +793,18 @@ def carry_figures(mind: Mind, tokens: Tensor, seen: int = 32) -> dict:
     """
     first, second = tokens.split(tokens.shape[1] // 2, 1)
     with torch.no_grad():
-        m = read_session(mind.model, first)[0].m
+        sums = read_session(mind.model, first)[0].sums
         told, asked = (torch.stack([about(mind.model, row) for row in rows])
                        for rows in (first, second[:, :seen]))
     near = torch.nn.functional.cosine_similarity(asked[:, None], told[None], dim=-1)
-    return {"carry_with": nats_after_cut(mind, second, m),
+    def of_row(which: Tensor) -> Carry:
+        return Carry(*(x[which] for x in sums))
+    return {"carry_with": nats_after_cut(mind, second, sums),
             "carry_without": nats_after_cut(mind, second, None),
-            "carry_shuffled": nats_after_cut(mind, second, m.roll(1, 0)),
+            "carry_shuffled": nats_after_cut(mind, second, of_row(torch.arange(len(told)).roll(1))),
             "warm_cold": nats_after_cut(mind, second, None, seen),
-            "warm_nearest": nats_after_cut(mind, second, m[near.argmax(1)], seen),
-            "warm_wrong": nats_after_cut(mind, second, m[near.argmin(1)], seen)}
+            "warm_nearest": nats_after_cut(mind, second, of_row(near.argmax(1)), seen),
+            "warm_wrong": nats_after_cut(mind, second, of_row(near.argmin(1)), seen)}
 
 
 def write_cost(mind: Mind, texts: list[str]) -> dict:

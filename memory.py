@@ -6,6 +6,7 @@ Carry, from token to token, renewed every C tokens (SessionMemory):
     dopamine  = clamp(0.5 + 0.5 tanh(s / 2 s_mean), 0.5, 1)  s = -log p(next), surprise in nats
     alpha_hat <- gamma alpha_hat + dopamine_t dalpha_t              per token, beta_hat alike
     m          = alpha_hat / beta_hat                               a bounded weighted mean
+    out_k     += session_proj session_key(m)                        at every tick, CTMBlock
 
 Eligibility, what a token has to tell the weights (engrams), and the write itself (compact_memory):
 
@@ -152,6 +153,16 @@ class Marked(NamedTuple):
     tick: Tensor
 
 
+class Carry(NamedTuple):
+    """What sessions have synchronised: their sums, whose quotient is m."""
+    alpha: Tensor               # (B, 2, S) fp32: read-out, query
+    beta: Tensor
+
+    def m(self, before: Tensor) -> Tensor:
+        """alpha / beta, a weighted mean; `before` where nothing was lived."""
+        return torch.where(self.beta > 0, self.alpha / self.beta.clamp(min=1e-9), before)
+
+
 class SessionMemory:
     """The carry of several sessions side by side, and what they leave; owned by the caller.
 
@@ -174,13 +185,12 @@ class SessionMemory:
         self.threshold, self.budget = threshold, budget
         self.start()
 
-    def start(self, warm: Tensor | None = None) -> None:
-        """Begin afresh, or from `warm`, an m (B, 2, S) kept earlier."""
-        ctm = self.model.ctm
-        self.m = ctm.fresh_sync().expand(self.rows, -1, -1) if warm is None else warm
-        self.alpha = torch.zeros(self.rows, 2, ctm.config.sync, device=self.m.device)
-        self.beta = torch.zeros_like(self.alpha)
-        self.filled = torch.zeros(self.rows, dtype=torch.long, device=self.m.device)
+    def start(self, warm: Carry | None = None) -> None:
+        """Begin afresh, or go on from what earlier sessions had synchronised."""
+        fresh = self.model.ctm.fresh_sync().expand(self.rows, -1, -1)
+        self.sums = warm or Carry(torch.zeros_like(fresh), torch.zeros_like(fresh))
+        self.m = self.sums.m(fresh)
+        self.filled = torch.zeros(self.rows, dtype=torch.long, device=fresh.device)
         self.position = torch.zeros_like(self.filled)
         self.waiting: Lived | None = None
         self.kept: list[list[Marked]] = [[] for _ in range(self.rows)]
@@ -258,8 +268,8 @@ class SessionMemory:
         after = real.flip(1).cumsum(1).flip(1) - real  # (B, n) tokens lived since, within this call
         share = (reward * known)[:, :, None, None] * ctm.gamma(after)
         fade = ctm.gamma(n)
-        self.alpha = fade * self.alpha + (share * lived.delta_alpha).sum(1)
-        self.beta = fade * self.beta + (share * lived.delta_beta).sum(1)
+        self.sums = Carry(fade * self.sums.alpha + (share * lived.delta_alpha).sum(1),
+                          fade * self.sums.beta + (share * lived.delta_beta).sum(1))
         self._mark(lived, next_tokens, eligible & known, surprise, reward)
         self.filled, self.position = self.filled + n, self.position + n
         self._renew(self.filled == self.chunk)
@@ -279,8 +289,7 @@ class SessionMemory:
 
     def _renew(self, rows: Tensor) -> None:
         """Renew m from the sums in the given rows (B,); what has not lived stays fresh."""
-        lived = rows[:, None, None] & (self.beta > 0)
-        self.m = torch.where(lived, self.alpha / self.beta.clamp(min=1e-9), self.m)
+        self.m = torch.where(rows[:, None, None], self.sums.m(self.m), self.m)
         self.filled = self.filled.masked_fill(rows, 0)
 
     def close(self) -> list[Factors]:
@@ -295,7 +304,7 @@ class SessionMemory:
 
     def snapshot(self, row: int, tokens: Tensor) -> "Snapshot":
         """How this row was thinking at its end; tokens (n,): all it read."""
-        return Snapshot(self.alpha[row], self.beta[row], about(self.model, tokens))
+        return Snapshot(*(x[row] for x in self.sums), about(self.model, tokens))
 
     @torch.no_grad()
     def _bounded(self, pieces: list[Marked]) -> Factors:
@@ -594,10 +603,6 @@ class Snapshot(NamedTuple):
     beta: Tensor                # (2, S)
     about: Tensor               # (D,) mean embedding of its tokens
 
-    @property
-    def m(self) -> Tensor:
-        return self.alpha / self.beta.clamp(min=1e-9)  # 0 / 0 is 0: what never lived leans nowhere
-
 
 class Written(NamedTuple):
     """A memory, and what going on from it takes."""
@@ -711,10 +716,10 @@ class Store:
         return self._memory
 
     def nearest(self, about: Tensor, top_k: int = 1, half_life_s: float = 30 * 86400.0,
-                threshold: float = 0.5) -> Tensor | None:
-        """m (1, 2, S) to warm-start a session that begins like `about` (D,): the mean over the
-        nearest snapshots, weighted by the softmax of cosine similarity x 2^(-age / half-life); None
-        when nothing is as near as the threshold."""
+                threshold: float = 0.5) -> Carry | None:
+        """What a session that begins like `about` (D,) may go on from, sums (1, 2, S): the mean of
+        the nearest snapshots', weighted by the softmax of cosine similarity x 2^(-age / half-life);
+        None when nothing is as near as the threshold."""
         snapshots = [self._read(Snapshot, e) for e in self.entries]
         if not snapshots:
             return None
@@ -725,9 +730,10 @@ class Store:
         kept = score >= threshold
         if not kept.any():
             return None
-        m = torch.stack([snapshots[i].m for i in index[kept].tolist()])
-        mean = (score[kept].softmax(0)[:, None, None] * m).sum(0, keepdim=True)
-        return mean.to(self.model.ctm.start_z.device)
+        weight, chosen = score[kept].softmax(0)[:, None, None], index[kept].tolist()
+        return Carry(*((weight * torch.stack([getattr(snapshots[i], name) for i in chosen]))
+                       .sum(0, keepdim=True).to(self.model.ctm.start_z.device)
+                       for name in Carry._fields))
 
     def told_by(self, keys: Tensor) -> Tensor:
         """What each living session adds where memory reads keys (n, S) of unit length: (sessions,

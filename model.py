@@ -404,6 +404,7 @@ class TickState(NamedTuple):
 
 
 DUE = 8.0                   # of a key where a value is due, in whitening, where text weighs 100
+CLIP = 1.5                  # of a feature, in root mean squares: a lower one tells more keys apart
 
 
 class CTMBlock(nn.Module):
@@ -433,6 +434,8 @@ class CTMBlock(nn.Module):
         self.register_buffer("mean_surprise", torch.tensor(3.0))  # nats per token of the same
         half_lives = torch.logspace(math.log2(16), math.log2(4096), c.sync, base=2).expand(2, -1)
         self.log_half_life = nn.Parameter(half_lives.log())  # of what a session carries, in tokens
+        # what its key says about the text to come: measured when phase 3 ends (train.py)
+        self.register_buffer("session_proj", torch.zeros(width, c.sync))
         # what phase 3 learns for memory.py: which tokens to tell the weights, and what about them
         self.salience_weight = nn.Parameter(torch.zeros(c.sync))
         self.salience_bias = nn.Parameter(torch.zeros(()))
@@ -505,20 +508,34 @@ class CTMBlock(nn.Module):
         """
         return rms((y_out - self.baseline[k]) * torch.rsqrt(self.variance[k] + 1e-4), self.eps)
 
+    def session_key(self, m: Tensor) -> Tensor:
+        """What a session is about, m (B, 2, S) -> (B, S) fp32: the key of a thought whose last
+        sums are the session's mean. 0 for a fresh session.
+
+        DESIGN §2 lets m speak through rho alone, as one more tick of every thought; read beside
+        c_proj, it lowers nats where that does not (LOG.md).
+        """
+        K, r = self.config.ticks, self.sync_out.r()
+        beta = (r[:, None] ** torch.arange(K, device=r.device)).sum(1)
+        lived = (m != self.fresh_sync()).flatten(1).any(1, keepdim=True)
+        return self.key(K - 1, m[:, 0] * beta.sqrt()) * lived
+
     def features(self, k: Tensor) -> Tensor:
         """phi, what memory is written and read at: k = kappa / sqrt(S) (..., S) -> (..., F), of
         the precision of k.
 
-        |x| of the whitened key x, turned at random F / S times. What two phi have in common beside
-        their mean falls with the square of the cosine of their keys and faster (Cho & Saul 2009:
-        the even part of the arc-cosine kernel of order 1), so that a stranger whose key is half
-        like somebody's reads a quarter of his fact and less; and there are F directions to tell
-        facts apart in, not S. DESIGN §3 writes along k itself; LOG.md has what each is worth.
+        min(|x|, 1.5 rms x) of the whitened key x, turned at random F / S times. What two phi have
+        in common beside their mean falls with the square of the cosine of their keys and faster
+        (|x| alone: the even part of the arc-cosine kernel of order 1, Cho & Saul 2009; clipped,
+        faster still), so that a stranger whose key is half like somebody's reads a sixth of his
+        fact; and there are F directions to tell facts apart in, not S. DESIGN §3 writes along k
+        itself; LOG.md has what each is worth.
         """
         if not self.config.expand:
             return k
         with torch.autocast(k.device.type, enabled=False):  # whitening asks for fp32
-            return self.turned(k @ self.white.to(k.dtype).T).abs()
+            x = self.turned(k @ self.white.to(k.dtype).T)
+            return torch.minimum(x.abs(), CLIP * (x.square().mean(-1, keepdim=True) + 1e-12).sqrt())
 
     def read_along(self, expand: int) -> None:
         """From now on memory is written and read at so many features for each channel."""
@@ -538,7 +555,7 @@ class CTMBlock(nn.Module):
         are now; called when these change.
 
         It is L^-1, where L L' = 100 Sigma + DUE Sigma_due + 0.001 I: what all keys have in common
-        would else be most of every feature. Its length makes |phi|^2 1 for a middling key.
+        would else be most of every feature. Its length makes |x|^2 1 for a middling key.
         """
         self.whitened = tuple(m.clone() for m in moments or (self.key_moment, self.due_moment))
         self.projectors = {}            # memory.empty_projector of them, by its settings
@@ -555,9 +572,10 @@ class CTMBlock(nn.Module):
         ordinary text.
 
         Computed from that of the keys as if these were normal, so that nothing of F x F need be
-        measured, stored or inverted: E |x| |y| = s t (1 + rho^2 / 2 + ...) 2 / pi for standard
-        deviations s, t and correlation rho. That is s^2 on the diagonal, and off it rho^2 / 2 is
-        left out: half of 1 / S for two features turned at random. So R = 1, or S without features.
+        measured, stored or inverted: two features of standard deviations s, t (of x) and
+        correlation rho have s t (mean^2 + O(rho^2)) in common, mean that of min(|z|, 1.5), z of
+        unit variance. O(rho^2) is left out off the diagonal: for two that were turned at random
+        rho^2 is 1 / S. So R = 1, or S without features.
         """
         moment = self.whitened[0].to(self.white)                        # no buffer: stayed behind
         same = torch.eye(len(moment)).to(moment)
@@ -567,7 +585,10 @@ class CTMBlock(nn.Module):
         with torch.autocast(moment.device.type, enabled=False):
             seen = self.white @ moment @ self.white.T
             power = (self.turned(seen) * self.turned(same)).sum(0).double()     # s^2, (F,)
-        return (power * (2 / math.pi)).sqrt()[None], power * (1 - 2 / math.pi)
+        above, at = math.erfc(CLIP / 2 ** 0.5), math.exp(-CLIP ** 2 / 2) * (2 / math.pi) ** 0.5
+        mean = (2 / math.pi) ** 0.5 - at + CLIP * above             # of min(|z|, CLIP)
+        square = 1 - above - CLIP * at + CLIP ** 2 * above
+        return power.sqrt()[None] * mean, power * (square - mean ** 2)
 
     @torch.no_grad()
     def settle(self, mean: Tensor, square: Tensor, rate: float) -> None:
@@ -725,8 +746,10 @@ class NanoCTM(nn.Module):
 
     def _ticks(self, h: Tensor, asking: Tensor, u: Tensor, places: Places, cache: Cache,
                real: Tensor, halt: float | None, m: Tensor | None, where: Tensor | None) -> Ticks:
-        ctm = self.ctm                                              # m below: (B, 2, 1, S)
-        m = (ctm.fresh_sync().expand(len(u), -1, -1) if m is None else m)[:, :, None]
+        ctm, fresh = self.ctm, self.ctm.fresh_sync()
+        of_session = (0.0 if m is None else                         # the same at every tick
+                      F.linear(ctm.session_key(m), ctm.session_proj)[:, None].to(h.dtype))
+        m = (fresh.expand(len(u), -1, -1) if m is None else m)[:, :, None]  # (B, 2, 1, S)
         kv = ctm.keys_values(u, places, cache.block)
         places = places if where is None else places.at(where)
         state, y_out, keys, outs, alpha, beta = ctm.start(asking), [], [], [], None, None
@@ -739,7 +762,7 @@ class NanoCTM(nn.Module):
                 state = ctm.tick(ctm.tick_embedding[k], asking, state, kv, m, places)
             y_out.append(ctm.sync_out.read(state.alpha_out, state.beta_out, m[:, 0]))
             keys.append(ctm.key(k, y_out[-1]))
-            outs.append(ctm.c_proj(keys[-1].to(h.dtype)).to(h.dtype))
+            outs.append(ctm.c_proj(keys[-1].to(h.dtype)).to(h.dtype) + of_session)
             if halt is not None or k == ctm.config.ticks - 1:
                 a = torch.stack([state.alpha_out, state.alpha_act], 2)
                 b = torch.stack([state.beta_out, state.beta_act]).expand_as(a)

@@ -116,6 +116,7 @@ locality_weight = 1.0       # KL on text and on people never told of, with and w
 salience_weight = 0.5       # cross-entropy of salience with being a value that may be asked for
 baseline_rate = 0.01        # of the running mean and variance of y_out
 moment_batches = 200        # at the end: two rows and 64 facts each, for what a write protects
+session_rows = 4800         # at the end: of training text, for what a session's sync says of it
 # machine
 device = ""                 # "" picks cuda when there is one
 dtype = "bfloat16"          # on a GPU, of matrix products; "float32": for models that are fp32
@@ -248,7 +249,7 @@ def mixture_loss(model: NanoCTM, batch: Batch, step: int
     tokens, weight, before = batch
     trunk = model.trunk(tokens)
     imitating = phase == 2 and model.ctm is not None and step < imitation_steps
-    m = (inherited_sync(model, before)
+    m = (inherited_sync(model, before).m
          if model.ctm and not imitating and share_of_steps(inherited_share, step) else None)
     where = (foremost(weight, max(1, int(weight.shape[1] * thinking_share)))
              if model.ctm else None)                                # what is learned comes first
@@ -289,32 +290,32 @@ def share_of_steps(share: float, step: int) -> bool:
     return int((step + 1) * share) > int(step * share)
 
 
-def inherited_sync(model: NanoCTM, before: torch.Tensor) -> torch.Tensor:
-    """m (B, 2, S) after reading the end of what came before.
+def inherited_sync(model: NanoCTM, before: torch.Tensor) -> SessionMemory:
+    """The session that has read the end of what came before.
     No gradient here: phase 3 trains the carry."""
     with torch.no_grad():
         real = (before >= 0).sum(1, keepdim=True)                   # right-padded: last 64 tokens
         last = real - 64 + torch.arange(64, device=before.device)
         return read_session(
-            model, before.gather(1, last.clamp(min=0)).masked_fill(last < 0, -1), chunk)[0].m
+            model, before.gather(1, last.clamp(min=0)).masked_fill(last < 0, -1), chunk)[0]
 
 
 # -----------------------------------------------------------------------------
 # losses of phase 3: the carry, and learning to be writable
 
 def read_in_chunks(model: NanoCTM, tokens: torch.Tensor, session: SessionMemory,
-                   plastic: torch.Tensor | None = None) -> list[Thought]:
+                   plastic: torch.Tensor | None = None) -> Iterator[Thought]:
     """Thoughts about one context, chunk by chunk with the carried sync, gradients throughout;
-    the trunk runs ahead."""
-    trunk, following, at, thoughts = model.trunk(tokens), successors(tokens), 0, []
+    the trunk runs ahead. When one comes out, session.m is still what it was thought with."""
+    trunk, following, at = model.trunk(tokens), successors(tokens), 0
     while at < tokens.shape[1]:
         where = torch.arange(at, min(at + session.room(tokens[:, at:]), tokens.shape[1]),
                              device=tokens.device).expand(len(tokens), -1)
         ticks = model.ticks(*trunk, m=session.m, where=where)
-        thoughts.append(model.measure(ticks, following.gather(1, where), plastic))
-        session.observe(thoughts[-1], following.gather(1, where))
+        thought = model.measure(ticks, following.gather(1, where), plastic)
+        yield thought
+        session.observe(thought, following.gather(1, where))
         at += where.shape[1]
-    return thoughts
 
 
 def carried_loss(model: NanoCTM, batch: Batch, step: int
@@ -325,7 +326,7 @@ def carried_loss(model: NanoCTM, batch: Batch, step: int
     session, turn = (SessionMemory(model, len(tokens), chunk),
                      int(step * carry_share))                       # turn: which carrying step
     if share_of_steps(inherited_share, turn):
-        session.start(inherited_sync(model, before))
+        session.start(inherited_sync(model, before).sums)
     T = tokens.shape[1]
     contexts, thoughts = tokens.split(
         -(-T // cut_contexts) if share_of_steps(cut_share, turn) else T, 1), []
@@ -600,6 +601,45 @@ def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str) -> None:
 
 
 @torch.no_grad()
+def settle_session(model: NanoCTM, mixture: data.Mixture, device: str) -> None:
+    """session_proj anew: half a Newton step towards fewer nats of the text to come. With x the
+    session's key before each chunk, and e what came minus what was expected, over |h|:
+
+        session_proj = 1/2 (E ee' + ridge)^-1 (E ex') (E xx' + ridge)^-1
+
+    E ee' is the curvature of cross-entropy (Fisher) as far as predictions are calibrated. Rows of
+    training text are sessions, half of them cut in the middle. Adam gets half as far (LOG.md).
+    """
+    ctm, (rank, world) = model.ctm, this_process()                  # each measures its share
+    D, width = ctm.session_proj.zero_().shape
+    xx, ex, ee, n = sums = [torch.zeros(shape, dtype=torch.float64, device=device)
+                            for shape in ((width, width), (D, width), (D, D), ())]
+    starts = np.linspace(0, len(mixture.text) - T, session_rows).astype(int)
+    batches = np.array_split(starts, -(-session_rows // B))
+    for i in range(rank, len(batches), world):
+        tokens = torch.stack([torch.from_numpy(mixture.text[s:s + T].astype("int64"))
+                              for s in batches[i]]).to(device)
+        session = SessionMemory(model, len(tokens), chunk)
+        for context in tokens.split(-(-T // 2) if i % 4 < 2 else T, 1):
+            at, following = 0, successors(context)
+            for thought in read_in_chunks(model, context, session):
+                after = following[:, at:(at := at + thought.read_tick.shape[1])]
+                known, hidden = after >= 0, thought.at_read_tick(thought.hidden)
+                wrong = prediction_error(model, hidden.flatten(0, 1), after.flatten())
+                e = ((known / hidden.float().pow(2).mean(-1).sqrt())[..., None]
+                     * wrong.view_as(hidden))
+                x, each = ctm.session_key(session.m), e.flatten(0, 1)
+                for total, found in zip(sums, ((known.sum(1, True) * x).T @ x, e.sum(1).T @ x,
+                                               each.T @ each, known.sum())):
+                    total += found
+    xx, ex, ee, n = map(averaged, sums)
+    for moment, ridge in ((xx, 0.03), (ee, 0.1)):
+        moment.diagonal().add_(ridge * moment.diagonal().mean())
+    ctm.session_proj.copy_(
+        0.5 * torch.linalg.solve(ee / n, torch.linalg.solve(xx, ex, left=False)))
+
+
+@torch.no_grad()
 def settle_length(model: NanoCTM, mixture: data.Mixture, device: str, batches: int = 4) -> None:
     """Training writes eta U e, life eta U e / |U e|: make |U e| 1 for the middle one of what is
     news, eta and b as much larger and smaller, so that the one is as long as the other."""
@@ -815,7 +855,8 @@ def check_settings() -> None:
             raise ValueError(f"expected {name} {choice[0]!r} or {choice[1]!r}, "
                              f"found {globals()[name]!r}: choose one of the two")
     for name in ("B", "T", "accumulation", "ticks", "history", "log_interval", "eval_interval",
-                 "eval_rows", "eval_questions", "crowd_facts", "chunk", "cut_contexts"):
+                 "eval_rows", "eval_questions", "crowd_facts", "chunk", "cut_contexts",
+                 "session_rows"):
         if globals()[name] < 1:
             raise ValueError(f"expected {name} of at least 1, found {globals()[name]}: raise it")
     if not 0 < thinking_share <= 1:
@@ -889,6 +930,7 @@ def after_step(model: NanoCTM, mixture: data.Mixture, report: dict, step: int, d
     if phase == 3 and step + 1 == max_steps:
         measure_moments(model, mixture, device)
         settle_length(model, mixture, device)
+        settle_session(model, mixture, device)
         model.ctm.read_along(expand)
 
 

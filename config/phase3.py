@@ -34,3 +34,4 @@ checkpoint_ticks = True
 compile = True
 eval_interval = 500
 eval_rows = 8
+session_rows = 1024         # a million tokens

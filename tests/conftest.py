@@ -37,6 +37,7 @@ def randomised(shape: str, block: str = "ctm", seed: int = 0) -> NanoCTM:
         model.ctm.whiten()
         model.ctm.ordinary.random_(model.backbone.config.vocab_size)
         model.ctm.c_proj.weight.data.normal_(0, model.ctm.config.sync ** -0.5)
+        model.ctm.session_proj.normal_(0, 0.1)
     return model.eval().requires_grad_(False)
 
 

@@ -40,7 +40,7 @@ def a_snapshot(model, seed: int = 0) -> Snapshot:
 
 def lived(session: SessionMemory) -> tuple:
     factors = session.close()
-    return session.alpha, session.beta, session.m, *(torch.cat(column) for column in zip(*factors))
+    return *session.sums, session.m, *(torch.cat(column) for column in zip(*factors))
 
 
 @pytest.mark.parametrize("chunk", [1, 8])
@@ -85,7 +85,7 @@ def test_left_padding_changes_no_session(model, chunk):
         torch.cat([pad, tokens], 1), torch.cat([tokens[:, 5:], tokens[:, :5] * 0 - 1, pad], 1)]),
         chunk, threshold=0.0)
     same(both.m[0], alone.m[0])
-    same(both.alpha[0], alone.alpha[0])
+    same(both.sums.alpha[0], alone.sums.alpha[0])
     assert (factors[0].position.tolist() == list(range(18))
             and factors[1].position.tolist() == list(range(13)))
 
@@ -112,7 +112,7 @@ def test_what_the_model_said_itself_is_carried_and_never_eligible(model):
     # position 5 was followed by the reply, 10 by its end
     assert kept == [0, 1, 2, 3, 4, 11, 12, 13, 14]
     silent = read_session(model, prompt, 4)[0]
-    assert (session.alpha - silent.alpha).abs().max() > 1e-3
+    assert (session.sums.alpha - silent.sums.alpha).abs().max() > 1e-3
 
 
 def test_factors_do_not_depend_on_what_is_stored(model):
@@ -235,7 +235,7 @@ def test_memory_off_reads_nothing_that_belongs_to_the_memory(model):
     tokens = some_tokens(model, 2, 20)
     before = model(tokens)
     for name in ("salience_weight", "salience_bias", "engram", "log_eta", "key_moment",
-                 "log_half_life", "mean_surprise"):
+                 "log_half_life", "mean_surprise", "session_proj"):
         getattr(model.ctm, name).data.fill_(float("nan"))
     after = model(tokens)
     assert (torch.equal(before.hidden, after.hidden)
@@ -565,7 +565,8 @@ def test_the_nearest_snapshot_warms_a_session_and_age_fades_it(small, tmp_path):
         for seed in (1, 2):
             commit(store, seed)
         wanted = a_snapshot(small, 2)
-        assert torch.allclose(store.nearest(wanted.about)[0], wanted.m)
+        for found, sums in zip(store.nearest(wanted.about), wanted):
+            assert torch.allclose(found[0], sums)
         assert store.nearest(-wanted.about) is None
         store.entries[1]["told_at"] -= 365 * 86400
         assert store.nearest(wanted.about) is None

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train as training
-from conftest import same
+from conftest import randomised, same
 from memory import Lived, prediction_error
 from model import (BackboneConfig, CTMBlock, NanoCTM, ThoughtConfig, flops_per_token, load_graft,
                    successors, symmetric)
@@ -108,7 +109,8 @@ def phase3(world: Path, out: str, *extra: str, processes: int = 1) -> subprocess
                  f"--graft={world}/g1/last/graft.safetensors", f"--text={world}/tokens",
                  f"--out_dir={world}/{out}", "--max_steps=8", "--eval_interval=8",
                  "--thinking_share=0.5", "--carry_share=0.5", "--episode_facts=6",
-                 "--carry_facts=3", "--crowd_facts=4", "--moment_batches=4", *extra,
+                 "--carry_facts=3", "--crowd_facts=4", "--moment_batches=4",
+                 "--session_rows=16", *extra,
                  processes=processes)
 
 
@@ -121,7 +123,8 @@ def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted, monke
         assert same_files(world / "m1/last" / name, world / "m2/last" / name)
     before, after = (load_file(world / f"{run}/last/graft.safetensors") for run in ("g1", "m1"))
     for name in ("salience_weight", "engram", "engram_bias", "log_half_life",
-                 "sync_out.rho_raw", "key_moment", "due_moment", "synapse.down.0.weight"):
+                 "sync_out.rho_raw", "key_moment", "due_moment", "session_proj",
+                 "synapse.down.0.weight"):
         assert not torch.equal(before[name], after[name]), name
     moment = symmetric(after["key_moment"], len(after["baseline"][0]))
     assert after["ordinary"].any() and torch.linalg.eigvalsh(moment).min() > -1e-6
@@ -180,6 +183,27 @@ def test_life_writes_as_long_as_training_did_in_the_middle(model):
     same(training.telling(model, lived, successors(told), known)[1], before)
     error = prediction_error(model, lived.hidden[known], successors(told)[known])
     assert (error @ model.ctm.engram.T).norm(dim=1).median() == pytest.approx(1, rel=1e-4)
+
+
+def test_what_a_session_was_made_of_is_expected_of_its_text_to_come(monkeypatch):
+    """Each session has five words of its own; whoever knows which predicts better."""
+    model, chance = randomised("grouped queries"), np.random.default_rng(0)
+    model.backbone.norm.weight.data.fill_(0.1)                      # unsure of all it says
+
+    def sessions(n: int) -> np.ndarray:
+        return np.stack([chance.choice(chance.integers(97, size=5), 64) for _ in range(n)])
+
+    def nats(tokens: torch.Tensor) -> float:
+        session = training.SessionMemory(model, len(tokens), 8)
+        thoughts = list(training.read_in_chunks(model, tokens, session))
+        return float(torch.cat([t.nats for t in thoughts], 1)[:, 8:-1].mean())
+    for name, value in (("B", 8), ("T", 64), ("chunk", 8), ("session_rows", 400)):
+        monkeypatch.setattr(training, name, value)
+    training.settle_session(model, SimpleNamespace(text=sessions(400).flatten()), "cpu")
+    others = torch.from_numpy(sessions(64))
+    with_it = nats(others)
+    model.ctm.session_proj.zero_()
+    assert with_it < nats(others) - 0.1
 
 
 def test_a_write_as_a_plain_sum_trains_another_block(grafted):
