@@ -45,8 +45,8 @@ from tqdm import tqdm
 
 import configurator
 import data
-from memory import (Carry, Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store, WriteRule,
-                    about, bearings, compact_memory, compact_sessions, dopamine, engrams,
+from memory import (ALIKE, Carry, Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store,
+                    WriteRule, about, bearings, compact_memory, compact_sessions, dopamine, engrams,
                     norm_ratio, output_change, read_session, salience, salience_logit, superseded)
 from model import (BackboneConfig, Cache, CTMBlock, NanoCTM, ThoughtConfig, Thought, block_module,
                    flops_per_token, load_backbone, load_graft, mean_and_square,
@@ -111,8 +111,11 @@ class HeldOut:
     def __init__(self, words: data.Tokenizer):
         self.words, self.ids = words, tiny_text(words, held_out=True)
 
-    def windows(self, seed: int) -> Tensor:
-        starts = np.random.default_rng(seed).integers(0, len(self.ids) - T, rows)
+    def windows(self, seed: int, apart: bool = False) -> Tensor:
+        """(rows, T) by chance; `apart`: none shares a token with another."""
+        chance = np.random.default_rng(seed)
+        starts = (T * chance.permutation(len(self.ids) // T)[:rows] if apart
+                  else chance.integers(0, len(self.ids) - T, rows))
         return torch.stack([torch.from_numpy(self.ids[s:s + T]) for s in starts])
 
     def bytes_predicted(self, tokens: Tensor) -> int:
@@ -780,16 +783,17 @@ def nats_after_cut(mind: Mind, tokens: Tensor, start: Carry | None, skip: int = 
     session = SessionMemory(mind.model, len(tokens))
     session.start(start)
     nats = [thought.nats for thought in read_in_chunks(mind.model, tokens, session)]
-    return float(torch.cat(nats, 1)[:, skip:-1].mean())
+    return float(torch.cat(nats, 1)[:, skip:].nanmean())            # NaN: no successor, or padding
 
 
-def carry_figures(mind: Mind, tokens: Tensor, seen: int = 32) -> dict:
+def carry_figures(mind: Mind, tokens: Tensor, chats: Tensor, seen: int = 32) -> dict:
     """The second half of each window after a cut of the context:
     sync carried over, dropped, or another row's.
 
+    Whole windows, and rows of chat about facts, each read as one session and without a session.
     Warm start: the first halves are the sessions remembered; the one most like a second half's
-    first 32 tokens, as the store would find it, or the one least like them, starts it; nats are
-    counted after these 32.
+    first 32 tokens, if the store would call it near, or the one least like them, starts it; nats
+    are counted after these 32.
     """
     first, second = tokens.split(tokens.shape[1] // 2, 1)
     with torch.no_grad():
@@ -797,13 +801,20 @@ def carry_figures(mind: Mind, tokens: Tensor, seen: int = 32) -> dict:
         told, asked = (torch.stack([about(mind.model, row) for row in rows])
                        for rows in (first, second[:, :seen]))
     near = torch.nn.functional.cosine_similarity(asked[:, None], told[None], dim=-1)
+    alike = (near.amax(1) >= ALIKE)[:, None, None]
     def of_row(which: Tensor) -> Carry:
         return Carry(*(x[which] for x in sums))
     return {"carry_with": nats_after_cut(mind, second, sums),
             "carry_without": nats_after_cut(mind, second, None),
             "carry_shuffled": nats_after_cut(mind, second, of_row(torch.arange(len(told)).roll(1))),
+            "session_with": nats_after_cut(mind, tokens, None),
+            "session_without": float(of(think(mind.model, tokens), "nats").nanmean()),
+            "session_chat_with": nats_after_cut(mind, chats, None),
+            "session_chat_without": float(of(think(mind.model, chats), "nats").nanmean()),
             "warm_cold": nats_after_cut(mind, second, None, seen),
-            "warm_nearest": nats_after_cut(mind, second, of_row(near.argmax(1)), seen),
+            "warm_nearest": nats_after_cut(
+                mind, second, Carry(*(x * alike for x in of_row(near.argmax(1)))), seen),
+            "warm_alike": float(alike.float().mean()),
             "warm_wrong": nats_after_cut(mind, second, of_row(near.argmin(1)), seen)}
 
 
@@ -842,7 +853,10 @@ def written_figures(s: Sample) -> dict:
 
 
 def carry_part(s: Sample) -> dict:
-    return (carry_figures(s.mind, s.windows) | write_cost(s.mind, s.texts[10])
+    text = HeldOut(s.mind.words)
+    chats = data.Mixture(s.mind.words, text.ids, T, 0.0, 1.0, s.seed, "held_out").batch(rows, 0)[0]
+    return (carry_figures(s.mind, text.windows(s.seed, apart=True), torch.from_numpy(chats))
+            | write_cost(s.mind, s.texts[10])
             | {"untrained_100": untrained_recall(s)})
 
 
@@ -935,7 +949,9 @@ def memory() -> dict:
         "negation_false": v["negation"], "own_guess_recalled": v["own_guess"],
         "retention_first_of_10_sessions": v["retention"], "arms": arms | more.get("arms", {}),
         "carry": {f"nats_{k}": x for k, x in under(v, "carry_").items()},
-        "warm_start": {f"nats_{k}": x for k, x in under(v, "warm_").items()},
+        "session": {f"nats_{k}": x for k, x in under(v, "session_").items()},
+        "warm_start": {k if k == "alike" else f"nats_{k}": x
+                       for k, x in under(v, "warm_").items()},
         **{k: v[k] for k in ("text_nats_before", "text_nats_after", "output_change",
                              "weight_norm_ratio", "write_cost_ratio", "write_flops",
                              "empty_memory_ms", "factors_per_fact")},

@@ -158,6 +158,12 @@ class Carry(NamedTuple):
     alpha: Tensor               # (B, 2, S) fp32: read-out, query
     beta: Tensor
 
+    def faded(self, by: Tensor) -> "Carry":
+        return Carry(by * self.alpha, by * self.beta)
+
+    def plus(self, other: "Carry") -> "Carry":
+        return Carry(self.alpha + other.alpha, self.beta + other.beta)
+
     def m(self, before: Tensor) -> Tensor:
         """alpha / beta, a weighted mean; `before` where nothing was lived."""
         return torch.where(self.beta > 0, self.alpha / self.beta.clamp(min=1e-9), before)
@@ -186,10 +192,12 @@ class SessionMemory:
         self.start()
 
     def start(self, warm: Carry | None = None) -> None:
-        """Begin afresh, or go on from what earlier sessions had synchronised."""
+        """Begin afresh, or go on from what earlier sessions had synchronised. That fades beside the
+        session's own sums and never enters them, so that a snapshot holds one session alone."""
         fresh = self.model.ctm.fresh_sync().expand(self.rows, -1, -1)
-        self.sums = warm or Carry(torch.zeros_like(fresh), torch.zeros_like(fresh))
-        self.m = self.sums.m(fresh)
+        self.sums = Carry(torch.zeros_like(fresh), torch.zeros_like(fresh))
+        self.warm = warm or self.sums
+        self.m = self.warm.m(fresh)
         self.filled = torch.zeros(self.rows, dtype=torch.long, device=fresh.device)
         self.position = torch.zeros_like(self.filled)
         self.waiting: Lived | None = None
@@ -268,8 +276,8 @@ class SessionMemory:
         after = real.flip(1).cumsum(1).flip(1) - real  # (B, n) tokens lived since, within this call
         share = (reward * known)[:, :, None, None] * ctm.gamma(after)
         fade = ctm.gamma(n)
-        self.sums = Carry(fade * self.sums.alpha + (share * lived.delta_alpha).sum(1),
-                          fade * self.sums.beta + (share * lived.delta_beta).sum(1))
+        lived_now = Carry((share * lived.delta_alpha).sum(1), (share * lived.delta_beta).sum(1))
+        self.sums, self.warm = self.sums.faded(fade).plus(lived_now), self.warm.faded(fade)
         self._mark(lived, next_tokens, eligible & known, surprise, reward)
         self.filled, self.position = self.filled + n, self.position + n
         self._renew(self.filled == self.chunk)
@@ -289,7 +297,7 @@ class SessionMemory:
 
     def _renew(self, rows: Tensor) -> None:
         """Renew m from the sums in the given rows (B,); what has not lived stays fresh."""
-        self.m = torch.where(rows[:, None, None], self.sums.m(self.m), self.m)
+        self.m = torch.where(rows[:, None, None], self.sums.plus(self.warm).m(self.m), self.m)
         self.filled = self.filled.masked_fill(rows, 0)
 
     def close(self) -> list[Factors]:
@@ -591,6 +599,7 @@ def why(store: "Store", said: list[Spoken]) -> list[dict]:
 # the store: what outlives the process
 
 FORMAT = 3                                  # of the manifest and of exported files
+ALIKE = 0.5                 # cosine similarity from which a snapshot is about the same
 BLOCK = 256
 UNFINISHED = ("memory.safetensors.new", "manifest.json.new")        # before they are put in place
 # what JSON raises that is not what it claims; ValueError: UTF-8 too
@@ -716,7 +725,7 @@ class Store:
         return self._memory
 
     def nearest(self, about: Tensor, top_k: int = 1, half_life_s: float = 30 * 86400.0,
-                threshold: float = 0.5) -> Carry | None:
+                threshold: float = ALIKE) -> Carry | None:
         """What a session that begins like `about` (D,) may go on from, sums (1, 2, S): the mean of
         the nearest snapshots', weighted by the softmax of cosine similarity x 2^(-age / half-life);
         None when nothing is as near as the threshold."""

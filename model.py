@@ -404,7 +404,6 @@ class TickState(NamedTuple):
 
 
 DUE = 8.0                   # of a key where a value is due, in whitening, where text weighs 100
-CLIP = 1.5                  # of a feature, in root mean squares: a lower one tells more keys apart
 
 
 class CTMBlock(nn.Module):
@@ -509,33 +508,31 @@ class CTMBlock(nn.Module):
         return rms((y_out - self.baseline[k]) * torch.rsqrt(self.variance[k] + 1e-4), self.eps)
 
     def session_key(self, m: Tensor) -> Tensor:
-        """What a session is about, m (B, 2, S) -> (B, S) fp32: the key of a thought whose last
-        sums are the session's mean. 0 for a fresh session.
+        """What a session is about, m (B, 2, S) -> (B, S) fp32: the key of a thought that ends with
+        the session's mean. 0 for a fresh session.
 
         DESIGN §2 lets m speak through rho alone, as one more tick of every thought; read beside
         c_proj, it lowers nats where that does not (LOG.md).
         """
-        K, r = self.config.ticks, self.sync_out.r()
+        K, r, fresh = self.config.ticks, self.sync_out.r(), self.fresh_sync()
         beta = (r[:, None] ** torch.arange(K, device=r.device)).sum(1)
-        lived = (m != self.fresh_sync()).flatten(1).any(1, keepdim=True)
-        return self.key(K - 1, m[:, 0] * beta.sqrt()) * lived
+        lived = (m != fresh).flatten(1).any(1, keepdim=True)
+        return self.key(K - 1, self.sync_out.read(m[:, 0] * beta, beta, fresh[0])) * lived
 
     def features(self, k: Tensor) -> Tensor:
         """phi, what memory is written and read at: k = kappa / sqrt(S) (..., S) -> (..., F), of
         the precision of k.
 
-        min(|x|, 1.5 rms x) of the whitened key x, turned at random F / S times. What two phi have
-        in common beside their mean falls with the square of the cosine of their keys and faster
-        (|x| alone: the even part of the arc-cosine kernel of order 1, Cho & Saul 2009; clipped,
-        faster still), so that a stranger whose key is half like somebody's reads a sixth of his
-        fact; and there are F directions to tell facts apart in, not S. DESIGN §3 writes along k
-        itself; LOG.md has what each is worth.
+        |x| of the whitened key x, turned at random F / S times. What two phi have in common beside
+        their mean falls with the square of the cosine of their keys and faster (Cho & Saul 2009:
+        the even part of the arc-cosine kernel of order 1), so that a stranger whose key is half
+        like somebody's reads a quarter of his fact and less; and there are F directions to tell
+        facts apart in, not S. DESIGN §3 writes along k itself; LOG.md has what each is worth.
         """
         if not self.config.expand:
             return k
         with torch.autocast(k.device.type, enabled=False):  # whitening asks for fp32
-            x = self.turned(k @ self.white.to(k.dtype).T)
-            return torch.minimum(x.abs(), CLIP * (x.square().mean(-1, keepdim=True) + 1e-12).sqrt())
+            return self.turned(k @ self.white.to(k.dtype).T).abs()
 
     def read_along(self, expand: int) -> None:
         """From now on memory is written and read at so many features for each channel."""
@@ -555,7 +552,7 @@ class CTMBlock(nn.Module):
         are now; called when these change.
 
         It is L^-1, where L L' = 100 Sigma + DUE Sigma_due + 0.001 I: what all keys have in common
-        would else be most of every feature. Its length makes |x|^2 1 for a middling key.
+        would else be most of every feature. Its length makes |phi|^2 1 for a middling key.
         """
         self.whitened = tuple(m.clone() for m in moments or (self.key_moment, self.due_moment))
         self.projectors = {}            # memory.empty_projector of them, by its settings
@@ -572,10 +569,9 @@ class CTMBlock(nn.Module):
         ordinary text.
 
         Computed from that of the keys as if these were normal, so that nothing of F x F need be
-        measured, stored or inverted: two features of standard deviations s, t (of x) and
-        correlation rho have s t (mean^2 + O(rho^2)) in common, mean that of min(|z|, 1.5), z of
-        unit variance. O(rho^2) is left out off the diagonal: for two that were turned at random
-        rho^2 is 1 / S. So R = 1, or S without features.
+        measured, stored or inverted: E |x| |y| = s t (1 + rho^2 / 2 + ...) 2 / pi for standard
+        deviations s, t and correlation rho. That is s^2 on the diagonal, and off it rho^2 / 2 is
+        left out: half of 1 / S for two features turned at random. So R = 1, or S without features.
         """
         moment = self.whitened[0].to(self.white)                        # no buffer: stayed behind
         same = torch.eye(len(moment)).to(moment)
@@ -585,10 +581,7 @@ class CTMBlock(nn.Module):
         with torch.autocast(moment.device.type, enabled=False):
             seen = self.white @ moment @ self.white.T
             power = (self.turned(seen) * self.turned(same)).sum(0).double()     # s^2, (F,)
-        above, at = math.erfc(CLIP / 2 ** 0.5), math.exp(-CLIP ** 2 / 2) * (2 / math.pi) ** 0.5
-        mean = (2 / math.pi) ** 0.5 - at + CLIP * above             # of min(|z|, CLIP)
-        square = 1 - above - CLIP * at + CLIP ** 2 * above
-        return power.sqrt()[None] * mean, power * (square - mean ** 2)
+        return (power * (2 / math.pi)).sqrt()[None], power * (1 - 2 / math.pi)
 
     @torch.no_grad()
     def settle(self, mean: Tensor, square: Tensor, rate: float) -> None:
@@ -669,7 +662,7 @@ def take(x: Tensor, where: Tensor) -> Tensor:
 class Ticks(NamedTuple):
     """All ticks of a thought before anybody asks how good they are. K' < K when all have halted."""
     h: Tensor                           # (B, T, D) the residual stream that the block adds to
-    out: Tensor                         # (B, T, K', D) what it adds by itself, without a memory
+    out: Tensor         # (B, T, K', D) what it and its session add by themselves, without a memory
     keys: Tensor | None                 # (B, T, K', S) kappa
     y_out: list[Tensor] | None  # K' times (B, T, S), the same before centring, for the baseline
     delta_alpha: Tensor | None          # (B, T, 2, S) sums at a token's last tick: read-out, query
@@ -746,11 +739,11 @@ class NanoCTM(nn.Module):
 
     def _ticks(self, h: Tensor, asking: Tensor, u: Tensor, places: Places, cache: Cache,
                real: Tensor, halt: float | None, m: Tensor | None, where: Tensor | None) -> Ticks:
-        ctm, fresh = self.ctm, self.ctm.fresh_sync()
+        ctm = self.ctm
         of_session = (0.0 if m is None else                         # the same at every tick
                       F.linear(ctm.session_key(m), ctm.session_proj)[:, None].to(h.dtype))
-        m = (fresh.expand(len(u), -1, -1) if m is None else m)[:, :, None]  # (B, 2, 1, S)
-        kv = ctm.keys_values(u, places, cache.block)
+        m = (ctm.fresh_sync().expand(len(u), -1, -1) if m is None else m)[:, :, None]
+        kv = ctm.keys_values(u, places, cache.block)                # m: (B, 2, 1, S) from here on
         places = places if where is None else places.at(where)
         state, y_out, keys, outs, alpha, beta = ctm.start(asking), [], [], [], None, None
         running = real

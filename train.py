@@ -11,7 +11,7 @@ its output, no head needed), then learns by the tick loss. Phase 3: it reads wit
 and learns to be written to: told in one session, solved into a memory with gradients, asked in
 another. All read the same mixture. A run resumes exactly: batches are a function of (seed, step),
 so the step is the data position. Checkpoints: out_dir/last and out_dir/best; phase 3 measures what
-its write needs at its last step alone, so that a memory lives with `last`.
+its write needs, and what a session says, at its last step alone: a memory lives with `last`.
 Left out on purpose: anything that changes K or the architecture in the middle of a run.
 """
 import json
@@ -116,7 +116,7 @@ locality_weight = 1.0       # KL on text and on people never told of, with and w
 salience_weight = 0.5       # cross-entropy of salience with being a value that may be asked for
 baseline_rate = 0.01        # of the running mean and variance of y_out
 moment_batches = 200        # at the end: two rows and 64 facts each, for what a write protects
-session_rows = 4800         # at the end: of training text, for what a session's sync says of it
+session_rows = 4800         # at the end: of text and mixture, for what a session says of its own
 # machine
 device = ""                 # "" picks cuda when there is one
 dtype = "bfloat16"          # on a GPU, of matrix products; "float32": for models that are fp32
@@ -249,7 +249,7 @@ def mixture_loss(model: NanoCTM, batch: Batch, step: int
     tokens, weight, before = batch
     trunk = model.trunk(tokens)
     imitating = phase == 2 and model.ctm is not None and step < imitation_steps
-    m = (inherited_sync(model, before).m
+    m = (inherited_session(model, before).m
          if model.ctm and not imitating and share_of_steps(inherited_share, step) else None)
     where = (foremost(weight, max(1, int(weight.shape[1] * thinking_share)))
              if model.ctm else None)                                # what is learned comes first
@@ -290,7 +290,7 @@ def share_of_steps(share: float, step: int) -> bool:
     return int((step + 1) * share) > int(step * share)
 
 
-def inherited_sync(model: NanoCTM, before: torch.Tensor) -> SessionMemory:
+def inherited_session(model: NanoCTM, before: torch.Tensor) -> SessionMemory:
     """The session that has read the end of what came before.
     No gradient here: phase 3 trains the carry."""
     with torch.no_grad():
@@ -326,7 +326,7 @@ def carried_loss(model: NanoCTM, batch: Batch, step: int
     session, turn = (SessionMemory(model, len(tokens), chunk),
                      int(step * carry_share))                       # turn: which carrying step
     if share_of_steps(inherited_share, turn):
-        session.start(inherited_sync(model, before).sums)
+        session.start(inherited_session(model, before).sums)
     T = tokens.shape[1]
     contexts, thoughts = tokens.split(
         -(-T // cut_contexts) if share_of_steps(cut_share, turn) else T, 1), []
@@ -601,40 +601,45 @@ def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str) -> None:
 
 
 @torch.no_grad()
-def settle_session(model: NanoCTM, mixture: data.Mixture, device: str) -> None:
-    """session_proj anew: half a Newton step towards fewer nats of the text to come. With x the
-    session's key before each chunk, and e what came minus what was expected, over |h|:
+def settle_session(model: NanoCTM, mixture: data.Mixture, device: str, rows: int = 16) -> None:
+    """session_proj anew: half a Newton step towards fewer nats of what is to come. With x the
+    session's key before each chunk, and e minus the gradient of nats at what the head read:
 
         session_proj = 1/2 (E ee' + ridge)^-1 (E ex') (E xx' + ridge)^-1
 
-    E ee' is the curvature of cross-entropy (Fisher) as far as predictions are calibrated. Rows of
-    training text are sessions, half of them cut in the middle. Adam gets half as far (LOG.md).
+    E ee' is the curvature of cross-entropy (Fisher) as far as predictions are calibrated. Sessions
+    are rows of training text and of the mixture, in turn, half of both cut in the middle. Adam gets
+    half as far (LOG.md).
     """
     ctm, (rank, world) = model.ctm, this_process()                  # each measures its share
-    D, width = ctm.session_proj.zero_().shape
+    ctm.session_proj.zero_()                                        # e is what is thought without
+    D, S = ctm.session_proj.shape
     xx, ex, ee, n = sums = [torch.zeros(shape, dtype=torch.float64, device=device)
-                            for shape in ((width, width), (D, width), (D, D), ())]
-    starts = np.linspace(0, len(mixture.text) - T, session_rows).astype(int)
-    batches = np.array_split(starts, -(-session_rows // B))
-    for i in range(rank, len(batches), world):
-        tokens = torch.stack([torch.from_numpy(mixture.text[s:s + T].astype("int64"))
-                              for s in batches[i]]).to(device)
-        session = SessionMemory(model, len(tokens), chunk)
+                            for shape in ((S, S), (D, S), (D, D), ())]
+    batches = -(-session_rows // rows)
+    starts = np.linspace(0, len(mixture.text) - T, batches * rows).astype(int).reshape(-1, rows)
+    for i in range(rank, batches, world):
+        tokens = torch.from_numpy(
+            mixture.batch(rows, max_steps, i)[0] if i % 8 < 4 else
+            np.stack([mixture.text[s:s + T] for s in starts[i]]).astype("int64")).to(device)
+        session = SessionMemory(model, rows, chunk)
         for context in tokens.split(-(-T // 2) if i % 4 < 2 else T, 1):
             at, following = 0, successors(context)
             for thought in read_in_chunks(model, context, session):
                 after = following[:, at:(at := at + thought.read_tick.shape[1])]
                 known, hidden = after >= 0, thought.at_read_tick(thought.hidden)
-                wrong = prediction_error(model, hidden.flatten(0, 1), after.flatten())
-                e = ((known / hidden.float().pow(2).mean(-1).sqrt())[..., None]
-                     * wrong.view_as(hidden))
-                x, each = ctm.session_key(session.m), e.flatten(0, 1)
+                e, x = torch.zeros(hidden.shape, device=device), ctm.session_key(session.m)
+                with torch.enable_grad():
+                    h = hidden[known].requires_grad_()
+                    e[known] = -torch.autograd.grad(
+                        model.cross_entropy(h, after[known]).sum(), h)[0].float()
+                each = e.flatten(0, 1)
                 for total, found in zip(sums, ((known.sum(1, True) * x).T @ x, e.sum(1).T @ x,
                                                each.T @ each, known.sum())):
                     total += found
     xx, ex, ee, n = map(averaged, sums)
     for moment, ridge in ((xx, 0.03), (ee, 0.1)):
-        moment.diagonal().add_(ridge * moment.diagonal().mean())
+        moment.diagonal().add_(ridge * moment.diagonal().mean() + 1e-9)
     ctm.session_proj.copy_(
         0.5 * torch.linalg.solve(ee / n, torch.linalg.solve(xx, ex, left=False)))
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import randomised, same, some_memory, some_tokens
-from memory import (Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, _sealed,
+from memory import (Carry, Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, _sealed,
                     addresses, bearings, compact_memory, compact_sessions, empty_projector, engrams,
                     norm_ratio, output_change, read_session, superseded)
 from model import Cache, generate
@@ -88,6 +88,27 @@ def test_left_padding_changes_no_session(model, chunk):
     same(both.sums.alpha[0], alone.sums.alpha[0])
     assert (factors[0].position.tolist() == list(range(18))
             and factors[1].position.tolist() == list(range(13)))
+
+
+def test_a_session_goes_on_from_the_sums_of_another_and_keeps_none_of_them(model):
+    """As if it had never ended, but that its context is gone; and its snapshot is its own."""
+    first, then = some_tokens(model, 2, 16), some_tokens(model, 2, 11, seed=1)
+    model.ctm.log_half_life.copy_(torch.rand_like(model.ctm.log_half_life) * 2 + 1)
+    whole, _ = read_session(model, first, 8)
+    went_on = SessionMemory(model, 2, 8)
+    went_on.start(whole.sums)
+    same(went_on.m, whole.m)
+    fresh = SessionMemory(model, 2, 8)
+    fresh.start(Carry(*(0 * x for x in whole.sums)))
+    assert torch.equal(fresh.m, SessionMemory(model, 2).m)
+    for session in (whole, went_on):
+        session.read(then, Cache())
+        session.close()
+    same(went_on.m, whole.m)
+    before = read_session(model, first, 8)[0].sums.faded(model.ctm.gamma(torch.full((2,), 11.0)))
+    for own, of_both, inherited in zip(went_on.sums, whole.sums, before):
+        same(own, of_both - inherited)
+    assert torch.equal(went_on.snapshot(1, then[1]).alpha, went_on.sums.alpha[1])
 
 
 def test_generating_with_a_session_equals_reading_what_was_said(model):

@@ -21,8 +21,8 @@ import data
 import train as training
 from conftest import randomised, same
 from memory import Lived, prediction_error
-from model import (BackboneConfig, CTMBlock, NanoCTM, ThoughtConfig, flops_per_token, load_graft,
-                   successors, symmetric)
+from model import (BackboneConfig, Cache, CTMBlock, NanoCTM, ThoughtConfig, flops_per_token,
+                   load_graft, successors, symmetric)
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--hidden_size=32 --intermediate_size=48 --num_hidden_layers=2 --num_attention_heads=2 "
@@ -185,25 +185,61 @@ def test_life_writes_as_long_as_training_did_in_the_middle(model):
     assert (error @ model.ctm.engram.T).norm(dim=1).median() == pytest.approx(1, rel=1e-4)
 
 
-def test_what_a_session_was_made_of_is_expected_of_its_text_to_come(monkeypatch):
-    """Each session has five words of its own; whoever knows which predicts better."""
+@pytest.fixture
+def sessions(monkeypatch):
+    """A model that is unsure of all it says; a mixture whose rows have five words each."""
     model, chance = randomised("grouped queries"), np.random.default_rng(0)
-    model.backbone.norm.weight.data.fill_(0.1)                      # unsure of all it says
+    model.backbone.norm.weight.data.fill_(0.1)
 
-    def sessions(n: int) -> np.ndarray:
-        return np.stack([chance.choice(chance.integers(97, size=5), 64) for _ in range(n)])
-
-    def nats(tokens: torch.Tensor) -> float:
-        session = training.SessionMemory(model, len(tokens), 8)
-        thoughts = list(training.read_in_chunks(model, tokens, session))
-        return float(torch.cat([t.nats for t in thoughts], 1)[:, 8:-1].mean())
-    for name, value in (("B", 8), ("T", 64), ("chunk", 8), ("session_rows", 400)):
+    def rows(n: int, *_) -> tuple:
+        return (np.stack([chance.choice(chance.integers(97, size=5), 64) for _ in range(n)]),)
+    for name, value in (("T", 64), ("chunk", 8)):
         monkeypatch.setattr(training, name, value)
-    training.settle_session(model, SimpleNamespace(text=sessions(400).flatten()), "cpu")
-    others = torch.from_numpy(sessions(64))
-    with_it = nats(others)
+    return model, SimpleNamespace(text=rows(400)[0].flatten(), batch=rows)
+
+
+def test_what_a_session_was_made_of_is_expected_of_what_is_to_come(sessions, monkeypatch):
+    model, mixture = sessions
+    monkeypatch.setattr(training, "session_rows", 400)
+    training.settle_session(model, mixture, "cpu")
+    others, nats = torch.from_numpy(mixture.batch(64)[0]), []
+    for _ in range(2):
+        session = training.SessionMemory(model, 64, 8)
+        thoughts = list(training.read_in_chunks(model, others, session))
+        nats.append(float(torch.cat([t.nats for t in thoughts], 1)[:, 8:-1].mean()))
+        model.ctm.session_proj.zero_()
+    assert nats[0] < nats[1] - 0.1
+
+
+def test_what_a_session_says_is_half_a_newton_step_from_what_it_knew_before(sessions, monkeypatch):
+    """Token by token, with one chunk after another read by `forward`."""
+    model, mixture = sessions
+    made = [mixture.batch(16)[0] for _ in range(5)]                 # two batches of these, cut
+    made[1][3, 40:] = -1
+    monkeypatch.setattr(training, "session_rows", 32)
     model.ctm.session_proj.zero_()
-    assert with_it < nats(others) - 0.1
+    pairs = []
+    for rows in made[:2]:
+        session = training.SessionMemory(model, 16, 8)
+        for context in torch.from_numpy(rows).split(32, 1):
+            cache = Cache()
+            for piece, after in zip(context.split(8, 1), successors(context).split(8, 1)):
+                thought = model(piece, cache, m=session.m)
+                cache, x = thought.cache, model.ctm.session_key(session.m)
+                h = thought.at_read_tick(thought.hidden).requires_grad_()
+                nats = torch.nn.functional.cross_entropy(
+                    model.head(h).flatten(0, 1), after.flatten(), ignore_index=-1, reduction="sum")
+                e, session_before = -torch.autograd.grad(nats, h)[0], x[:, None].expand(-1, 8, -1)
+                pairs.append((session_before[after >= 0].double(), e[after >= 0].double()))
+                session.observe(thought, after)
+    training.settle_session(model, SimpleNamespace(
+        text=mixture.text, batch=lambda *key: (made[key[2]],)), "cpu")
+    x, e = map(torch.cat, zip(*pairs))
+    xx, ee = x.T @ x, e.T @ e / len(e)
+    xx += torch.eye(len(xx)) * 0.03 * xx.diagonal().mean()
+    ee += torch.eye(len(ee)) * 0.1 * ee.diagonal().mean()
+    expected = 0.5 * torch.linalg.inv(ee) @ (e.T @ x) @ torch.linalg.inv(xx)
+    assert torch.allclose(model.ctm.session_proj.double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_write_as_a_plain_sum_trains_another_block(grafted):
