@@ -617,7 +617,8 @@ def settle_session(model: NanoCTM, mixture: data.Mixture, device: str, rows: int
     xx, ex, ee, n = sums = [torch.zeros(shape, dtype=torch.float64, device=device)
                             for shape in ((S, S), (D, S), (D, D), ())]
     batches = -(-session_rows // rows)
-    starts = np.linspace(0, len(mixture.text) - T, batches * rows).astype(int).reshape(-1, rows)
+    starts = np.linspace(0, len(mixture.text) - T, batches * rows).astype(int)
+    starts = np.random.default_rng(0).permutation(starts).reshape(-1, rows)
     for i in range(rank, batches, world):
         tokens = torch.from_numpy(
             mixture.batch(rows, max_steps, i)[0] if i % 8 < 4 else
