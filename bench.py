@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import configurator
 import data
-from memory import (ALIKE, Carry, Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store,
+from memory import (Carry, Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store,
                     WriteRule, about, bearings, compact_memory, compact_sessions, dopamine, engrams,
                     norm_ratio, output_change, read_session, salience, salience_logit, superseded)
 from model import (BackboneConfig, Cache, CTMBlock, NanoCTM, ThoughtConfig, Thought, block_module,
@@ -777,7 +777,7 @@ def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
 # -- ordinary text, the carry, the warm start, the price
 
 @torch.no_grad()
-def nats_after_cut(mind: Mind, tokens: Tensor, start: Carry | None, skip: int = 0) -> float:
+def session_nats(mind: Mind, tokens: Tensor, start: Carry | None, skip: int = 0) -> float:
     """Nats of tokens (B, T) read as sessions in a fresh context that go on from `start`,
     without the first `skip` positions."""
     session = SessionMemory(mind.model, len(tokens))
@@ -792,8 +792,8 @@ def carry_figures(mind: Mind, tokens: Tensor, chats: Tensor, seen: int = 32) -> 
 
     Whole windows, and rows of chat about facts, each read as one session and without a session.
     Warm start: the first halves are the sessions remembered; the one most like a second half's
-    first 32 tokens, if the store would call it near, or the one least like them, starts it; nats
-    are counted after these 32.
+    first 32 tokens, as the store would find it, or the one least like them, starts it; nats are
+    counted after these 32.
     """
     first, second = tokens.split(tokens.shape[1] // 2, 1)
     with torch.no_grad():
@@ -801,21 +801,18 @@ def carry_figures(mind: Mind, tokens: Tensor, chats: Tensor, seen: int = 32) -> 
         told, asked = (torch.stack([about(mind.model, row) for row in rows])
                        for rows in (first, second[:, :seen]))
     near = torch.nn.functional.cosine_similarity(asked[:, None], told[None], dim=-1)
-    alike = (near.amax(1) >= ALIKE)[:, None, None]
     def of_row(which: Tensor) -> Carry:
         return Carry(*(x[which] for x in sums))
-    return {"carry_with": nats_after_cut(mind, second, sums),
-            "carry_without": nats_after_cut(mind, second, None),
-            "carry_shuffled": nats_after_cut(mind, second, of_row(torch.arange(len(told)).roll(1))),
-            "session_with": nats_after_cut(mind, tokens, None),
+    return {"carry_with": session_nats(mind, second, sums),
+            "carry_without": session_nats(mind, second, None),
+            "carry_shuffled": session_nats(mind, second, of_row(torch.arange(len(told)).roll(1))),
+            "session_with": session_nats(mind, tokens, None),
             "session_without": float(of(think(mind.model, tokens), "nats").nanmean()),
-            "session_chat_with": nats_after_cut(mind, chats, None),
+            "session_chat_with": session_nats(mind, chats, None),
             "session_chat_without": float(of(think(mind.model, chats), "nats").nanmean()),
-            "warm_cold": nats_after_cut(mind, second, None, seen),
-            "warm_nearest": nats_after_cut(
-                mind, second, Carry(*(x * alike for x in of_row(near.argmax(1)))), seen),
-            "warm_alike": float(alike.float().mean()),
-            "warm_wrong": nats_after_cut(mind, second, of_row(near.argmin(1)), seen)}
+            "warm_cold": session_nats(mind, second, None, seen),
+            "warm_nearest": session_nats(mind, second, of_row(near.argmax(1)), seen),
+            "warm_wrong": session_nats(mind, second, of_row(near.argmin(1)), seen)}
 
 
 def write_cost(mind: Mind, texts: list[str]) -> dict:
@@ -950,8 +947,7 @@ def memory() -> dict:
         "retention_first_of_10_sessions": v["retention"], "arms": arms | more.get("arms", {}),
         "carry": {f"nats_{k}": x for k, x in under(v, "carry_").items()},
         "session": {f"nats_{k}": x for k, x in under(v, "session_").items()},
-        "warm_start": {k if k == "alike" else f"nats_{k}": x
-                       for k, x in under(v, "warm_").items()},
+        "warm_start": {f"nats_{k}": x for k, x in under(v, "warm_").items()},
         **{k: v[k] for k in ("text_nats_before", "text_nats_after", "output_change",
                              "weight_norm_ratio", "write_cost_ratio", "write_flops",
                              "empty_memory_ms", "factors_per_fact")},

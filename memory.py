@@ -599,7 +599,6 @@ def why(store: "Store", said: list[Spoken]) -> list[dict]:
 # the store: what outlives the process
 
 FORMAT = 3                                  # of the manifest and of exported files
-ALIKE = 0.5                 # cosine similarity from which a snapshot is about the same
 BLOCK = 256
 UNFINISHED = ("memory.safetensors.new", "manifest.json.new")        # before they are put in place
 # what JSON raises that is not what it claims; ValueError: UTF-8 too
@@ -725,7 +724,7 @@ class Store:
         return self._memory
 
     def nearest(self, about: Tensor, top_k: int = 1, half_life_s: float = 30 * 86400.0,
-                threshold: float = ALIKE) -> Carry | None:
+                threshold: float = 0.5) -> Carry | None:
         """What a session that begins like `about` (D,) may go on from, sums (1, 2, S): the mean of
         the nearest snapshots', weighted by the softmax of cosine similarity x 2^(-age / half-life);
         None when nothing is as near as the threshold."""
