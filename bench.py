@@ -726,8 +726,7 @@ class FineTuning:
 
 def fine_tune_figures(s: Sample) -> dict:
     """One pass at the best of four learning rates, chosen for its recall on these very facts;
-    and passes until 95 % are recalled, or however many of 1 to 30 recall most, at the best of
-    three.
+    and passes until 95 % are recalled, or however many of 1 to 30 recall most.
 
     N = 1: ten models with a fact each, N = 10: three with ten, N = 100: one.
     """
@@ -750,11 +749,11 @@ def fine_tune_figures(s: Sample) -> dict:
                 yield known, plastics[0].weight, until, tuned[0].flops()
                 if known >= 0.95:
                     return
-        for name, rates, stops in (
-                ("fine_tune", (0.03, 0.1, 0.3, 1.0), (1,)),
-                ("fine_tune_to_95", (0.03, 0.1, 0.3), (1, 3, 10, 30))):
-            known, weight, passes, flops = max((run for lr in rates for run in runs(lr, stops)),
-                                               key=lambda run: run[0])
+        tried = [run for lr in (0.03, 0.1, 0.3) for run in runs(lr, (1, 3, 10, 30))]
+        tried += runs(1.0, (1,))
+        for name, of_these in (("fine_tune", [run for run in tried if run[2] == 1]),
+                               ("fine_tune_to_95", tried)):
+            known, weight, passes, flops = max(of_these, key=lambda run: run[0])
             found |= {f"{name}_{n}": known, f"{name}_{n}_text_nats": text.nats(weight),
                       f"{name}_{n}_passes": float(passes), f"{name}_{n}_flops": float(flops)}
     return found
@@ -777,13 +776,12 @@ def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
 # -- ordinary text, the carry, the warm start, the price
 
 @torch.no_grad()
-def session_nats(mind: Mind, tokens: Tensor, start: Carry | None, skip: int = 0) -> float:
-    """Nats of tokens (B, T) read as sessions in a fresh context that go on from `start`,
-    without the first `skip` positions."""
+def session_nats(mind: Mind, tokens: Tensor, start: Carry | None) -> Tensor:
+    """Nats (B, T) of tokens (B, T) read as sessions in a fresh context that go on from `start`;
+    NaN where there is no successor, or padding."""
     session = SessionMemory(mind.model, len(tokens))
     session.start(start)
-    nats = [thought.nats for thought in read_in_chunks(mind.model, tokens, session)]
-    return float(torch.cat(nats, 1)[:, skip:].nanmean())            # NaN: no successor, or padding
+    return torch.cat([t.nats for t in read_in_chunks(mind.model, tokens, session)], 1)
 
 
 def carry_figures(mind: Mind, tokens: Tensor, chats: Tensor, seen: int = 32) -> dict:
@@ -801,18 +799,18 @@ def carry_figures(mind: Mind, tokens: Tensor, chats: Tensor, seen: int = 32) -> 
         told, asked = (torch.stack([about(mind.model, row) for row in rows])
                        for rows in (first, second[:, :seen]))
     near = torch.nn.functional.cosine_similarity(asked[:, None], told[None], dim=-1)
-    def of_row(which: Tensor) -> Carry:
-        return Carry(*(x[which] for x in sums))
-    return {"carry_with": session_nats(mind, second, sums),
-            "carry_without": session_nats(mind, second, None),
-            "carry_shuffled": session_nats(mind, second, of_row(torch.arange(len(told)).roll(1))),
-            "session_with": session_nats(mind, tokens, None),
-            "session_without": float(of(think(mind.model, tokens), "nats").nanmean()),
-            "session_chat_with": session_nats(mind, chats, None),
-            "session_chat_without": float(of(think(mind.model, chats), "nats").nanmean()),
-            "warm_cold": session_nats(mind, second, None, seen),
-            "warm_nearest": session_nats(mind, second, of_row(near.argmax(1)), seen),
-            "warm_wrong": session_nats(mind, second, of_row(near.argmin(1)), seen)}
+    def after(which: Tensor) -> Tensor:
+        return session_nats(mind, second, Carry(*(x[which] for x in sums)))
+    cold, itself = session_nats(mind, second, None), torch.arange(len(told))
+    found = {"carry_with": after(itself), "carry_without": cold,
+             "carry_shuffled": after(itself.roll(1)),
+             "session_with": session_nats(mind, tokens, None),
+             "session_without": of(think(mind.model, tokens), "nats"),
+             "session_chat_with": session_nats(mind, chats, None),
+             "session_chat_without": of(think(mind.model, chats), "nats"),
+             "warm_cold": cold[:, seen:], "warm_nearest": after(near.argmax(1))[:, seen:],
+             "warm_wrong": after(near.argmin(1))[:, seen:]}
+    return {name: float(nats.nanmean()) for name, nats in found.items()}
 
 
 def write_cost(mind: Mind, texts: list[str]) -> dict:

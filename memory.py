@@ -358,7 +358,7 @@ class WriteRule:
     norm_cap: float = math.inf  # the same for the weights: |W_m| / |W_c| (the seeds' 0.01)
     delta: bool = True          # subtract what the memory already says there
     project: bool = True        # write through P, not along the bare key
-    near: float = 0.75          # a key as near a later session's (cosine, whitened) is superseded
+    near: float = 0.83          # a key as near a later session's (cosine, whitened) is superseded
     # of W_m and all else that is F wide: half the time of fp64, which a ridge under 1e-5 asks for
     wide: torch.dtype = torch.float32
 
@@ -374,7 +374,7 @@ class Projector(NamedTuple):
         """keys (m, F) -> keys P (m, F)."""
         found = keys * self.free
         for rows in (self.text, *self.past):
-            found = torch.addmm(found, keys @ rows.T, rows, alpha=-1)
+            found.addmm_(keys @ rows.T, rows, alpha=-1)
         return found
 
     def without(self, rows: Tensor) -> "Projector":
@@ -504,8 +504,8 @@ def superseded(pointing: list[Tensor], near: float, since: int = 0) -> list[Tens
     whole, first, gone = torch.cat(pointing), sum(size[:since]), []
     owner = torch.arange(len(size)).repeat_interleave(torch.tensor(size))
     length = whole.pow(2).sum(1).sqrt()                             # whole numbers still, and exact
-    for rows in torch.arange(len(whole)).split(512):
-        later = slice(max(first, int(rows[0])), None)
+    for at in range(0, len(whole), 512):
+        rows, later = slice(at, at + 512), slice(max(first, at), None)
         again = whole[rows] @ whole[later].T > near * torch.outer(length[rows], length[later])
         gone.append((again & (owner[later] > owner[rows, None])).any(1))
     return list(torch.cat(gone).split(size))
