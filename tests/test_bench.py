@@ -91,6 +91,21 @@ def test_a_random_write_and_deranged_facts_recall_nothing_where_the_write_recall
     assert max(mind.recall(world, facts, other) for other in (None, random, lies)) <= 0.1
 
 
+def test_who_has_the_same_relation_is_not_taken_for_the_same_person_told_anew():
+    """Sixty of one relation, told once: hardly a key is superseded, whoever is told otherwise is."""
+    mind, world = bench.Mind(), bench.data.FactWorld(2, "held_out")
+    facts = world.population(60, ["home"])
+    told, anew = (mind.factors([bench.session_text(world, part)
+                                for part in bench.batches(people, 10)])
+                  for people in (facts, [world.another_value(f) for f in facts]))
+
+    def share_gone(sessions: list) -> float:
+        gone = bench.superseded([bench.bearings(mind.ctm, f) for f in sessions],
+                                bench.WriteRule().near)
+        return sum(int(g.sum()) for g in gone[:6]) / len(facts)
+    assert share_gone(told) < 0.4 and share_gone(told + anew) > 1   # keys of each person, of four
+
+
 @pytest.fixture(scope="module")
 def few() -> bench.Sample:
     """Ten of a seed's facts, told in one session."""
