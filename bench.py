@@ -799,6 +799,7 @@ def carry_figures(mind: Mind, tokens: Tensor, chats: Tensor, seen: int = 32) -> 
         told, asked = (torch.stack([about(mind.model, row) for row in rows])
                        for rows in (first, second[:, :seen]))
     near = torch.nn.functional.cosine_similarity(asked[:, None], told[None], dim=-1)
+
     def after(which: Tensor) -> Tensor:
         return session_nats(mind, second, Carry(*(x[which] for x in sums)))
     cold, itself = session_nats(mind, second, None), torch.arange(len(told))
