@@ -106,6 +106,20 @@ def test_who_has_the_same_relation_is_not_taken_for_the_same_person_told_anew():
     assert share_gone(told) < 0.4 and share_gone(told + anew) > 1   # keys of each person, of four
 
 
+def test_a_carry_is_each_rows_own_and_the_other_rows_where_it_is_shuffled():
+    mind = bench.Mind()
+    tokens = bench.HeldOut(mind.words).windows(3, apart=True)[:2, :128]
+    first, second = tokens.split(64, 1)
+    sums = bench.read_session(mind.model, first)[0].sums
+    own, other, cold = (bench.session_nats(mind, second, start) for start in (
+        sums, bench.Carry(*(x.flip(0) for x in sums)), None))
+    found = bench.carry_figures(mind, tokens, tokens)
+    for name, nats in (("carry_with", own), ("carry_shuffled", other), ("carry_without", cold),
+                       ("warm_cold", cold[:, 32:])):
+        assert found[name] == pytest.approx(float(nats.nanmean()), abs=1e-5)
+    assert found["session_with"] == found["session_chat_with"] != found["session_without"]
+
+
 @pytest.fixture(scope="module")
 def few() -> bench.Sample:
     """Ten of a seed's facts, told in one session."""
