@@ -98,6 +98,7 @@ carry_share = 0.25          # these steps; on the others nothing is carried
 cut_share = 0.75            # of the carrying steps: between contexts all but the sync is dropped
 cut_contexts = 4            # a row is cut into so many contexts
 document_write = False      # at a cut write what was read, read on with it: long text as sessions
+episode_share = 1.0         # steps that tell and ask beside the mixture
 episode_facts = 64          # told per step and process in sessions of one memory, asked in others
 carry_facts = 24            # on carrying steps, all tokens think; the rest told without gradients
 crowd_facts = 64            # beside them, a session or more, known and told without gradients
@@ -361,7 +362,7 @@ def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, crowd: data.E
     lived = all_lived(thoughts)
     if carrying:
         report["key"] = lived.key[lived.real].detach()              # whole rows: ordinary reading
-    if through_write:
+    if through_write and share_of_steps(episode_share, step):
         extra, more = episode_loss(
             model, told, crowd, (lived.hidden[lived.real], lived.key[lived.real]), carrying)
         loss, report = loss + episode_weight * extra, report | more
@@ -393,8 +394,7 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
                 for i in range(int(mind_of_row.max()) + 1)]
         plastic = torch.stack(each)[mind_of_row] if several else each[0]
 
-    where = (due_first(e.weight != 0, 2) if carrying
-             else due_first((e.weight < 0) | (e.weight > 1), 4, e.weight > 0))
+    where = due_first((e.weight < 0) | (e.weight > 1), e.weight > 0)
     ticks, after = (model.ticks(*model.trunk(e.asked), m=m, where=where),
                     successors(e.asked).gather(1, where))
     thought, weight = model.measure(ticks, after, plastic), e.weight.gather(1, where)
@@ -466,7 +466,7 @@ def told_session(model: NanoCTM, e: data.Episodes, carrying: bool
         lived = all_lived(read_in_chunks(model, e.told, session))
         session.close()
         return lived, successors(e.told), e.news, e.told_at[:, 1], session.m
-    where = due_first(e.news > 0, 2)
+    where = due_first(e.news > 0)
     following = successors(e.told).gather(1, where)
     lived = Lived.of(model(e.told, where=where))
     return lived, following, e.news.gather(1, where), place(where, e.told)[*e.told_at.T], None
@@ -487,17 +487,17 @@ def telling(model: NanoCTM, lived: Lived, following: torch.Tensor, known: torch.
     return key / math.sqrt(key.shape[-1]), values, salient
 
 
-def due_first(due: torch.Tensor, others: int, then: torch.Tensor | float = 0.0) -> torch.Tensor:
-    """due (B, T) bool -> positions (B, n):
-    all that are due, and a few others by chance, of `then` (B, T) bool before the rest."""
-    return foremost(4.0 * due + 2.0 * then, min(due.shape[1], int(due.sum(1).max()) + others))
+def due_first(due: torch.Tensor, then: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """due (B, T) bool -> positions (B, n): all that are due; where a row has fewer than another,
+    others by chance, of `then` (B, T) bool before the rest."""
+    return foremost(4.0 * due + 2.0 * then, int(due.sum(1).max()))
 
 
 @torch.no_grad()
 def crowd_factors(model: NanoCTM, e: data.Episodes
                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The factors of news alone, no gradients: others whom the memory knows."""
-    where = foremost(2 * e.news, int(e.news.sum(1).max()))
+    where = due_first(e.news > 0)
     following, news = successors(e.told).gather(1, where), e.news.gather(1, where) > 0
     return telling(model, Lived.of(model(e.told, where=where)), following, news)
 
@@ -593,7 +593,7 @@ def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str) -> None:
         add(0, thought.key[thought.real])
         e = data.Episodes(*tensors(mixture.episodes(64, max_steps, i), device))
         for tokens, wanted in ((e.told, e.news > 0), (e.asked, (e.weight > 1) | (e.weight < 0))):
-            where = foremost(wanted.float(), int(wanted.sum(1).max()))
+            where = due_first(wanted)
             add(1, model(tokens, where=where).key[wanted.gather(1, where)])
     for moment, found, n in zip(moments, map(averaged, sums), averaged(counts)):
         moment.copy_((found + found.T) / (2 * n * len(found)))      # symmetric, as a file keeps it
@@ -932,7 +932,7 @@ def after_step(model: NanoCTM, mixture: data.Mixture, report: dict, step: int, d
     if "key" in report:
         apply_moment(model.ctm.key_moment, report["key"], int(step * carry_share) + earlier)
     if "due" in report:
-        apply_moment(model.ctm.due_moment, report["due"], step + earlier)
+        apply_moment(model.ctm.due_moment, report["due"], int(step * episode_share) + earlier)
     if phase == 3 and step + 1 == max_steps:
         measure_moments(model, mixture, device)
         settle_length(model, mixture, device)

@@ -425,6 +425,8 @@ def test_keys_are_turned_by_rotations_that_differ(size):
     for turn in turns:
         assert torch.allclose(turn @ turn.T, torch.eye(size, dtype=torch.float64))
     assert size == 1 or not torch.equal(turns[0], turns[1])
+    assert torch.autograd.gradcheck(ctm.turned, torch.randn(2, size, dtype=torch.float64,
+                                                            requires_grad=True))
 
 
 def test_a_block_that_reads_along_fewer_features_is_one_made_so():
