@@ -728,8 +728,9 @@ class NanoCTM(nn.Module):
         return h, u, places, Cache(layers, cache.block, real)
 
     def ticks(self, h: Tensor, u: Tensor, places: Places, cache: Cache, halt: float | None = None,
-              m: Tensor | None = None, where: Tensor | None = None) -> Ticks:
+              m: Tensor | None = None, where: Tensor | None = None, number: int = 0) -> Ticks:
         """Think about u. m (B, 2, S): what the session has synchronised; None: a fresh session.
+        number: of ticks, where that is not K.
 
         With `halt`, stops when every token has passed it; which ticks count per token is
         `measure`'s affair. With `where` (B, n), only these positions think: no thought reads
@@ -744,10 +745,12 @@ class NanoCTM(nn.Module):
                 out = (self.backbone.layers[-1].mlp(asking) if self.block == "ffn"
                        else torch.zeros_like(asking))
                 return Ticks(h, out[:, :, None], None, None, None, None, cache, real)
-            return self._ticks(h, asking, u, places, cache, real, halt, m, where)
+            return self._ticks(h, asking, u, places, cache, real, halt, m, where,
+                               number or self.ctm.config.ticks)
 
     def _ticks(self, h: Tensor, asking: Tensor, u: Tensor, places: Places, cache: Cache,
-               real: Tensor, halt: float | None, m: Tensor | None, where: Tensor | None) -> Ticks:
+               real: Tensor, halt: float | None, m: Tensor | None, where: Tensor | None,
+               number: int) -> Ticks:
         ctm = self.ctm
         of_session = (0.0 if m is None else                         # the same at every tick
                       F.linear(ctm.session_key(m), ctm.session_proj)[:, None].to(h.dtype))
@@ -756,7 +759,7 @@ class NanoCTM(nn.Module):
         places = places if where is None else places.at(where)
         state, y_out, keys, outs, alpha, beta = ctm.start(asking), [], [], [], None, None
         running = real
-        for k in range(ctm.config.ticks):
+        for k in range(number):
             if self.checkpoint_ticks and torch.is_grad_enabled():
                 state = checkpoint(ctm.tick, ctm.tick_embedding[k], asking, state, kv, m, places,
                                    use_reentrant=False)
@@ -765,7 +768,7 @@ class NanoCTM(nn.Module):
             y_out.append(ctm.sync_out.read(state.alpha_out, state.beta_out, m[:, 0]))
             keys.append(ctm.key(k, y_out[-1]))
             outs.append(ctm.c_proj(keys[-1].to(h.dtype)).to(h.dtype) + of_session)
-            if halt is not None or k == ctm.config.ticks - 1:
+            if halt is not None or k == number - 1:
                 a = torch.stack([state.alpha_out, state.alpha_act], 2)
                 b = torch.stack([state.beta_out, state.beta_act]).expand_as(a)
                 on = running[..., None, None]

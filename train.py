@@ -88,6 +88,8 @@ beta1 = 0.9
 beta2 = 0.95
 clip = 1.0                  # norm of the gradient at most
 other_tick = "any"          # tick loss, beside the most certain tick: "any" by chance, or "best"
+full_share = 1.0            # of steps: they think K ticks; in phase 3 they tell and ask as well
+brief_ticks = 0             # of the others, about every token; 0: K, as thinking_share says
 thinking_share = 1.0        # share of a row that thinks at a step; the block costs that much less
 inherited_share = 0.3       # phases 2, 3: steps that start from an earlier session's sync
 # phase 3
@@ -98,7 +100,6 @@ carry_share = 0.25          # these steps; on the others nothing is carried
 cut_share = 0.75            # of the carrying steps: between contexts all but the sync is dropped
 cut_contexts = 4            # a row is cut into so many contexts
 document_write = False      # at a cut write what was read, read on with it: long text as sessions
-episode_share = 1.0         # steps that tell and ask beside the mixture
 episode_facts = 64          # told per step and process in sessions of one memory, asked in others
 carry_facts = 24            # on carrying steps, all tokens think; the rest told without gradients
 crowd_facts = 64            # beside them, a session or more, known and told without gradients
@@ -245,16 +246,17 @@ Batch = tuple[torch.Tensor, ...]
 
 def mixture_loss(model: NanoCTM, batch: Batch, step: int
                  ) -> tuple[torch.Tensor, dict, Thought | None]:
-    """Loss of one micro-batch, a report (nats of the tick read, its mean index, mean and mean
-    square of y_out (2, K, S)), and the thought."""
+    """Loss of one micro-batch, a report (nats of the tick read, its mean index, and where all K
+    ticks think mean and mean square of y_out (2, K, S)), and the thought."""
     tokens, weight, before = batch
     trunk = model.trunk(tokens)
     imitating = phase == 2 and model.ctm is not None and step < imitation_steps
     m = (inherited_session(model, before).m
          if model.ctm and not imitating and share_of_steps(inherited_share, step) else None)
+    brief = is_brief(step)
     where = (foremost(weight, max(1, int(weight.shape[1] * thinking_share)))
-             if model.ctm else None)                                # what is learned comes first
-    ticks, u = model.ticks(*trunk, m=m, where=where), trunk[1]
+             if model.ctm and not brief else None)                  # what is learned comes first
+    ticks, u = model.ticks(*trunk, m=m, where=where, number=brief_ticks * brief), trunk[1]
     following = successors(tokens)
     if where is not None:
         u = take(u, where)
@@ -266,7 +268,7 @@ def mixture_loss(model: NanoCTM, batch: Batch, step: int
         with torch.no_grad():
             taught = ticks.h + model.backbone.layers[-1].mlp(u) if teacher else None
         loss, report = model.tick_loss(thought, following, weight, other_tick, taught)
-    if model.ctm:
+    if model.ctm and not brief:
         report["y_out"] = mean_and_square(ticks)
     return loss, report, thought
 
@@ -289,6 +291,11 @@ def imitation_loss(model: NanoCTM, ticks: Ticks, u: torch.Tensor) -> torch.Tenso
 def share_of_steps(share: float, step: int) -> bool:
     """Whether this step belongs to a fixed, evenly spread share of the steps."""
     return int((step + 1) * share) > int(step * share)
+
+
+def is_brief(step: int) -> bool:
+    """Whether this step thinks a few ticks about every token of the mixture, and that is all."""
+    return brief_ticks > 0 and not share_of_steps(full_share, step)
 
 
 def inherited_session(model: NanoCTM, before: torch.Tensor) -> SessionMemory:
@@ -353,7 +360,7 @@ def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, crowd: data.E
                 step: int) -> tuple[torch.Tensor, dict]:
     """The mixture, with or without a carry, and episodes:
     what session A writes, session B is asked, beside ordinary text."""
-    carrying = share_of_steps(carry_share, step)
+    carrying = share_of_steps(carry_share, step) and not is_brief(step)
     if carrying:
         loss, report, thoughts = carried_loss(model, batch, step)
     else:
@@ -362,7 +369,7 @@ def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, crowd: data.E
     lived = all_lived(thoughts)
     if carrying:
         report["key"] = lived.key[lived.real].detach()              # whole rows: ordinary reading
-    if through_write and share_of_steps(episode_share, step):
+    if through_write and share_of_steps(full_share, step):
         extra, more = episode_loss(
             model, told, crowd, (lived.hidden[lived.real], lived.key[lived.real]), carrying)
         loss, report = loss + episode_weight * extra, report | more
@@ -560,7 +567,8 @@ def apply_baseline(model: NanoCTM, report: dict, step: int) -> None:
     surprise = torch.tensor([report.get("nats", float(model.ctm.mean_surprise))],
                             device=report["y_out"].device)
     seen = averaged(torch.cat([report["y_out"].flatten(), surprise]))
-    rate = max(baseline_rate, 1 / (step + 1) if phase == 2 else 0)  # phase 3 has phase 2's
+    before = int(step * full_share)
+    rate = max(baseline_rate, 1 / (before + 1) if phase == 2 else 0)    # phase 3 has phase 2's
     model.ctm.settle(*seen[:-1].view_as(report["y_out"]), rate)
     model.ctm.mean_surprise.lerp_(seen[-1], rate)
 
@@ -865,6 +873,9 @@ def check_settings() -> None:
                  "session_rows"):
         if globals()[name] < 1:
             raise ValueError(f"expected {name} of at least 1, found {globals()[name]}: raise it")
+    if not 0 <= brief_ticks <= ticks:
+        raise ValueError(f"expected brief_ticks of 0 to {ticks}, found {brief_ticks}: no thought "
+                         "is longer than ticks")
     if not 0 < thinking_share <= 1:
         raise ValueError(f"expected thinking_share above 0 and at most 1, found {thinking_share}: "
                          "1 thinks about every token")
@@ -932,7 +943,7 @@ def after_step(model: NanoCTM, mixture: data.Mixture, report: dict, step: int, d
     if "key" in report:
         apply_moment(model.ctm.key_moment, report["key"], int(step * carry_share) + earlier)
     if "due" in report:
-        apply_moment(model.ctm.due_moment, report["due"], int(step * episode_share) + earlier)
+        apply_moment(model.ctm.due_moment, report["due"], int(step * full_share) + earlier)
     if phase == 3 and step + 1 == max_steps:
         measure_moments(model, mixture, device)
         settle_length(model, mixture, device)

@@ -287,6 +287,15 @@ def test_thinking_about_some_tokens_changes_nothing_for_them(model):
             assert torch.equal(some.real[row], whole.real[row, where[row]])
 
 
+def test_a_brief_thought_is_the_beginning_of_a_long_one(model):
+    trunk = model.trunk(padded(some_tokens(model, 3, 24)))
+    whole, brief = model.ticks(*trunk), model.ticks(*trunk, number=1)
+    same(brief.out, whole.out[:, :, :1])
+    same(brief.keys, whole.keys[:, :, :1])
+    assert brief.delta_alpha.shape == whole.delta_alpha.shape       # sums at its own last tick
+    assert not torch.equal(brief.delta_alpha, whole.delta_alpha)
+
+
 def test_tick_loss_is_the_mean_of_the_best_and_the_most_certain_tick():
     model = randomised("more pairs than neurons")
     tokens = some_tokens(model, 2, 16)

@@ -93,6 +93,22 @@ def test_phase_2_resumes_bit_for_bit_and_touches_nothing_but_the_block(grafted):
             and {"loss", "nats", "val", "recall_8"} <= log[-1].keys())
 
 
+def test_a_brief_step_thinks_a_few_ticks_about_every_token(model, monkeypatch):
+    for name, value in (("phase", 2), ("brief_ticks", 2), ("full_share", 0.25),
+                        ("thinking_share", 0.5), ("inherited_share", 0.0)):
+        monkeypatch.setattr(training, name, value)
+    assert [training.is_brief(step) for step in range(8)] == [True, True, True, False] * 2
+    tokens = torch.randint(model.backbone.config.vocab_size, (2, 8))
+    K = model.ctm.config.ticks
+    for step, shape in ((2, (2, 8, 2)), (3, (2, 4, K))):
+        loss, report, thought = training.mixture_loss(
+            model, (tokens, (torch.arange(8) < 7).float().expand(2, -1), tokens), step)
+        assert thought.hidden.shape[:3] == shape and loss.isfinite()
+        assert ("y_out" in report) == (shape[2] == K)               # a baseline is of all ticks
+    monkeypatch.setattr(training, "brief_ticks", 0)
+    assert not any(map(training.is_brief, range(8)))
+
+
 @pytest.mark.parametrize("phase", ["phase2", "phase3"])
 def test_two_processes_take_the_same_steps_together(grafted, phase):
     world, out = grafted, f"two {phase}"
@@ -117,7 +133,8 @@ def phase3(world: Path, out: str, *extra: str, processes: int = 1) -> subprocess
 def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted, monkeypatch):
     world = grafted
     for out, extra in (("m1", []), ("m2", ["--stop_at=4"]), ("m2", ["--resume"])):
-        run = phase3(world, out, "--document_write=True", *extra)
+        run = phase3(world, out, "--document_write=True", "--brief_ticks=2", "--full_share=0.5",
+                     *extra)
         assert run.returncode == 0, run.stderr
     for name in ("graft.safetensors", "optimizer.safetensors"):
         assert same_files(world / "m1/last" / name, world / "m2/last" / name)
@@ -290,6 +307,7 @@ BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Huggi
        ("--write_rule=product", "expected write_rule 'sum' or 'solved'"),
        ("--dtype=fp16", "expected dtype 'bfloat16' or 'float32'"),
        ("--B=0", "expected B of at least 1"),
+       ("--brief_ticks=99", "expected brief_ticks of 0 to"),
        ("--thinking_share=2", "expected thinking_share above 0 and at most 1"),
        ("--teacher=True --block=ffn", "expected teacher and ffn only where"),
        ("--ffn=nowhere", "expected weights at nowhere"),
