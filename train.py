@@ -465,8 +465,8 @@ def told_session(model: NanoCTM, e: data.Episodes, carrying: bool
     """Read session A -> what was lived (B, n), successors, which are news (B, n),
     where among the n each fact's value was due, m.
 
-    Carrying, all tokens think, chunk by chunk; else those where a value is due, and a few others:
-    a fact costs a tenth then.
+    Carrying, all tokens think, chunk by chunk; else those where a value is due, and others only
+    where a row has fewer of these: a fact costs a tenth then.
     """
     if carrying:
         session = SessionMemory(model, len(e.told), chunk)
@@ -876,9 +876,11 @@ def check_settings() -> None:
     if not 0 <= brief_ticks <= ticks:
         raise ValueError(f"expected brief_ticks of 0 to {ticks}, found {brief_ticks}: no thought "
                          "is longer than ticks")
-    if not 0 < thinking_share <= 1:
-        raise ValueError(f"expected thinking_share above 0 and at most 1, found {thinking_share}: "
-                         "1 thinks about every token")
+    for name, all_of_it in (("full_share", "1 makes every step a full one"),
+                            ("thinking_share", "1 thinks about every token")):
+        if not 0 < globals()[name] <= 1:
+            raise ValueError(f"expected {name} above 0 and at most 1, found {globals()[name]}: "
+                             f"{all_of_it}")
 
 
 def prepare(device: str) -> tuple[NanoCTM, data.Mixture, data.Mixture, str]:

@@ -308,6 +308,7 @@ BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Huggi
        ("--dtype=fp16", "expected dtype 'bfloat16' or 'float32'"),
        ("--B=0", "expected B of at least 1"),
        ("--brief_ticks=99", "expected brief_ticks of 0 to"),
+       ("--full_share=0", "expected full_share above 0 and at most 1"),
        ("--thinking_share=2", "expected thinking_share above 0 and at most 1"),
        ("--teacher=True --block=ffn", "expected teacher and ffn only where"),
        ("--ffn=nowhere", "expected weights at nowhere"),
