@@ -364,10 +364,9 @@ class Sync(nn.Module):
         self.rho_raw = nn.Parameter(torch.full((c.sync,), -1.0))    # softplus(-1) = 0.31
 
     def pair(self, z: Tensor) -> Tensor:
-        """z (..., D) -> products of the S pairs (..., S), fp32: bf16 sums stop growing at 256."""
-        flat = z.reshape(-1, z.shape[-1])  # of two axes: on a CPU, three cost ten times as much
-        return (flat.index_select(1, self.left).float()
-                * flat.index_select(1, self.right).float()).view(*z.shape[:-1], -1)
+        """z (..., D) -> products of the S pairs (..., S), fp32: bf16 sums stop growing at 256.
+        On a CPU, z of three axes costs ten times what z of two does."""
+        return z.index_select(-1, self.left).float() * z.index_select(-1, self.right).float()
 
     def r(self) -> Tensor:
         return torch.exp(-self.decay.clamp(0, 15))
@@ -404,8 +403,8 @@ class Hartley(torch.autograd.Function):
 class TickState(NamedTuple):
     """What lives within one token's thought. History is a tuple, so that ticks share what they
     remember."""
-    z: Tensor                           # (B, T, D) post-activations
-    trace: tuple[Tensor, ...]           # M pre-activations (B, T, D), oldest first
+    z: Tensor                           # (B T, D) post-activations
+    trace: tuple[Tensor, ...]           # M pre-activations (B T, D), oldest first
     alpha_out: Tensor                   # (B, T, S) fp32
     alpha_act: Tensor
     beta_out: Tensor                    # (S,) fp32, the same for every token
@@ -479,11 +478,20 @@ class CTMBlock(nn.Module):
         B, T, D = u.shape
         zero = torch.zeros(B, T, self.config.sync, device=u.device)
 
-        # contiguous, as z of every tick, so that one compiled tick serves
         def everywhere(x: Tensor) -> Tensor:
-            return x.to(u.dtype).expand(B, T, D).contiguous()
+            return x.to(u.dtype).expand(B * T, D).contiguous()
         return TickState(everywhere(self.start_z), tuple(map(everywhere, self.start_trace)), zero,
                          zero.clone(), zero[0, 0], zero[0, 0])
+
+    def think(self, mixed: Tensor, z: Tensor, *trace: Tensor) -> tuple[Tensor, Tensor]:
+        """What N thoughts do by themselves in a tick, nearly all of its work: mixed (N, 2D), z and
+        the last M - 1 pre-activations (N, D), oldest first -> the next of them and z, (N, D).
+
+        Of two axes, whole tensors rather than views, and without what differs between ticks, rows
+        and lengths, so that what `torch.compile` makes of it serves them all.
+        """
+        a = z + self.synapse(mixed).to(z.dtype)
+        return a, self.nlm(torch.stack([t.T for t in (*trace, a)], -1)).T.contiguous().to(a.dtype)
 
     def tick(self, e_k: Tensor, u: Tensor, s: TickState, kv: KV, m: Tensor,
              places: Places) -> TickState:
@@ -497,14 +505,14 @@ class CTMBlock(nn.Module):
         q = self.q_norm(heads(self.q_proj(y_act.to(s.z.dtype)),
                               self.config.head_dim)).transpose(1, 2)
         seen = places.attend(rotate(q, places.cos, places.sin), *kv)  # (B, T, D)
-        mixed = torch.cat([u + seen, s.z + e_k.to(s.z.dtype)], -1)
-        a = s.z + self.synapse(mixed).to(s.z.dtype)
-        trace = (*s.trace[1:], a)
-        z = self.nlm(torch.stack([t.flatten(0, 1).T for t in trace], -1))
-        z = z.T.contiguous().unflatten(0, a.shape[:2]).to(a.dtype)
-        return TickState(z, trace,
-                         self.sync_out.r() * s.alpha_out + self.sync_out.pair(z),
-                         self.sync_act.r() * s.alpha_act + self.sync_act.pair(z),
+        mixed = torch.cat([(u + seen).flatten(0, 1), s.z + e_k.to(s.z.dtype)], -1)
+        a, z = self.think(mixed, s.z, *s.trace[1:])
+
+        def paired(sync: Sync) -> Tensor:
+            return sync.pair(z).view_as(s.alpha_out)
+        return TickState(z, (*s.trace[1:], a),
+                         self.sync_out.r() * s.alpha_out + paired(self.sync_out),
+                         self.sync_act.r() * s.alpha_act + paired(self.sync_act),
                          self.sync_out.r() * s.beta_out + 1, self.sync_act.r() * s.beta_act + 1)
 
     def key(self, k: int, y_out: Tensor) -> Tensor:

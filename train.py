@@ -123,7 +123,7 @@ session_rows = 4800         # at the end: of text and mixture, for what a sessio
 device = ""                 # "" picks cuda when there is one
 dtype = "bfloat16"          # on a GPU, of matrix products; "float32": for models that are fp32
 workers = 0                 # processes that make batches ahead; 0: made when they are needed
-compile = False             # torch.compile one tick
+compile = False             # torch.compile what a thought does by itself in a tick
 checkpoint_ticks = False    # recompute ticks backwards instead of keeping them
 dry_run = False             # print parameters, FLOPs and memory, then stop
 stop_at = 0                 # end early at this step, the schedule unchanged; 0: run to max_steps
@@ -901,7 +901,7 @@ def prepare(device: str) -> tuple[NanoCTM, data.Mixture, data.Mixture, str]:
         model.ctm.ordinary.copy_(torch.from_numpy(np.stack(windows)))
     model.checkpoint_ticks = checkpoint_ticks
     if compile and model.ctm:
-        model.ctm.tick = torch.compile(model.ctm.tick)
+        model.ctm.think = torch.compile(model.ctm.think, dynamic=True)
     return model, mixture, held_out, about["text_sha256"]
 
 
