@@ -22,6 +22,7 @@ import json
 import random
 import re
 import sysconfig
+from itertools import groupby
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -53,7 +54,7 @@ class Tokenizer:
         if (Path(name) / "ranks.json").exists():
             self._core = _tiktoken_from(Path(name) / "ranks.json")
             self._encode = lambda text: self._core.encode(text, allowed_special="all")
-            self.decode, self.n_vocab = self._core.decode, self._core.n_vocab
+            self._decode, self.n_vocab = self._core.decode, self._core.n_vocab
             ids = {s: self._core.encode_single_token(s) for s in SPECIALS}
         else:
             from transformers import AutoTokenizer  # slow to import, and only Qwen needs it
@@ -65,12 +66,17 @@ class Tokenizer:
                                  "Hugging Face name that is cached or reachable "
                                  f"({str(e).splitlines()[0]})") from None
             self._encode = lambda text: self._core.encode(text, add_special_tokens=False)
-            self.decode, self.n_vocab = self._core.decode, len(self._core)
+            self._decode, self.n_vocab = self._core.decode, len(self._core)
             ids = {s: self._core.convert_tokens_to_ids(s) for s in SPECIALS}
         self.eot, self.im_start, self.im_end = (ids[s] for s in SPECIALS)
 
     def encode(self, text: str) -> list[int]:
         return self._encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; each that is no word of ours, as a padded embedding can say, is U+FFFD."""
+        return "".join(self._decode([*some]) if ours else "\ufffd" * len([*some])
+                       for ours, some in groupby(ids, lambda i: i < self.n_vocab))
 
 
 def _byte_of_char() -> dict[str, int]:

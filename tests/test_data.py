@@ -38,6 +38,12 @@ def test_tiktoken_runs_the_trained_merges_exactly_as_tokenizers_does(tmp_path):
     assert ours.encode("a<|im_end|>")[-1] == ours.im_end == 699
 
 
+def test_an_id_beyond_the_vocabulary_does_not_end_an_answer(words):
+    a, b = words.encode("Kelvin "), words.encode("lives")
+    assert words.decode([*a, words.n_vocab, words.n_vocab + 9, *b]) == "Kelvin \ufffd\ufffdlives"
+    assert words.decode([]) == ""
+
+
 def test_names_and_values_are_short_and_held_out_ones_are_never_told_in_training(words):
     told = " ".join("".join(text for text, *_ in data.FactWorld(seed, "train").session(8, 8))
                     for seed in range(300))
