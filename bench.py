@@ -58,7 +58,7 @@ from train import foremost, measure_moments, read_in_chunks
 
 base = "weights/backbone"                   # the tiny backbone with its own FFN
 graft = "weights/graft.safetensors"         # the CTM block in its last layer
-control = "weights/ffn.safetensors"         # the backbone's FFN, trained further on the same tokens
+control = "weights/ffn.safetensors"         # the backbone's FFN, trained further on as many tokens
 thinking = "weights/thinking.safetensors"   # block after phase 2: never learned to be written to
 picture = ""                                # of `memory`: file to plot recall by facts (matplotlib)
 tokenizer = "weights"
@@ -1324,7 +1324,7 @@ def synapse_change(s: Sample, cap: float) -> dict[str, Tensor]:
         pre, post = [], []
         handles = [
             model.get_submodule(last).register_forward_hook(
-                lambda _, given, out: pre.append(given[0])),
+                lambda _, given, out: pre.append(given[0].unflatten(0, tokens.shape))),
             ctm.nlm.register_forward_hook(
                 lambda _, given, out: post.append(out.T.unflatten(0, tokens.shape)))]
         thought = model(tokens)
@@ -1965,19 +1965,26 @@ def endurance() -> dict:
 # -----------------------------------------------------------------------------
 # the card that goes with shipped weights
 
+def report_of(run: Path) -> dict:
+    """How a training came about, what it took, and its last held-out figures."""
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return log[0]["run"] | {"minutes": round(log[-1]["minutes"], 1),
+                            "figures": [e for e in log if "val" in e][-1]}
+
+
 def card() -> dict:
     """Collect what the tiny configs left in out/ into one folder, with a card: how it came about,
     and its sha256."""
     folder = Path(base).parent
     (folder / "backbone").mkdir(parents=True, exist_ok=True)
     runs = {"backbone": "tiny_phase1", "ffn": "tiny_ffn", "thinking": "tiny_phase2",
-            "graft_before": "tiny_phase3", "graft": "tiny_phase3_on"}
+            "graft": "tiny_phase3"}
     shipped = {"tiny_phase1/last/model.safetensors": "backbone/model.safetensors",
              "tiny_phase1/last/config.json": "backbone/config.json",
              **{f"{runs[name]}/last/graft.safetensors": f"{name}.safetensors"
                 for name in ("thinking", "graft", "ffn")}}
-    # the Makefile spells it out; each run's config is below
-    about = {"command": "make tiny", "files": {}}
+    # the Makefile spells out its commands; each run's config is below
+    about = {"command": "make tiny, or where a run below names a GPU make tiny-gpu", "files": {}}
     for source, target in shipped.items():
         if not (Path("out") / source).exists():
             raise ValueError(f"expected out/{source}, found none: run `make tiny` first")
@@ -1987,11 +1994,10 @@ def card() -> dict:
         shutil.copy("out/tokenizer/ranks.json", folder / "ranks.json")
     about["files"]["ranks.json"] = hashlib.sha256((folder / "ranks.json").read_bytes()).hexdigest()
     for name, run in runs.items():
-        log = [json.loads(line)
-               for line in (Path("out") / run / "log.jsonl").read_text().splitlines()]
-        about[name] = (log[0]["run"]
-                       | {"minutes": round(log[-1]["minutes"], 1),
-                          "figures": [e for e in log if "val" in e][-1]})
+        about[name] = report_of(Path("out") / run)
+    first = Path(about["graft"]["config"]["graft"]).parent.parent   # what phase 3 went on from
+    if first.name != runs["thinking"] and (first / "log.jsonl").exists():
+        about["graft_before"] = report_of(first)
     about["text_sha256"] = data.text_sha256(data.tiny_documents())
     (folder / "card.json").write_text(json.dumps(about, indent=1))
     return about

@@ -145,6 +145,13 @@ def test_an_opponent_learns_what_it_was_told_and_leaves_the_model_as_it_was(few,
     assert all(torch.equal(v, before[k]) for k, v in few.mind.model.state_dict().items())
 
 
+def test_what_is_written_into_the_synapses_is_capped(few):
+    (name, change), = bench.synapse_change(few, 0.01).items()
+    weight = few.mind.model.state_dict()[name]
+    assert change.shape == weight.shape
+    assert change.norm() / weight.norm() == pytest.approx(0.01, rel=1e-3)
+
+
 def test_lora_learns_what_it_was_told_by_heart(few):
     """How much of it answers a question then hangs on rounding (1 to 6 of 10 over four draws of
     its first matrices), so this holds it to its own loss."""
@@ -218,3 +225,27 @@ def test_no_lie_is_imported_and_a_full_disk_refuses(fire):
         assert found[name] == {"refused": attempts, "attempts": attempts, "exit": 0,
                                "as_before": True}
     assert found["second_writer_refused"]
+
+
+@pytest.mark.parametrize("went_on_from, before", [("tiny_phase2", None), ("tiny_phase3_first", 80)])
+def test_a_card_says_of_every_run_that_led_to_the_weights_how_it_came_about(
+        tmp_path, monkeypatch, went_on_from, before):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench.data, "tiny_documents", lambda: ["text"])
+    for run, minutes in (("tiny_phase1", 20), ("tiny_ffn", 40), ("tiny_phase2", 60),
+                         ("tiny_phase3_first", 80), ("tiny_phase3", 100)):
+        last = tmp_path / "out" / run / "last"
+        last.mkdir(parents=True)
+        for name in ("model.safetensors", "config.json", "graft.safetensors"):
+            (last / name).write_text(run)
+        graft = f"out/{went_on_from}/last/graft.safetensors"
+        (last.parent / "log.jsonl").write_text("\n".join(map(json.dumps, (
+            {"run": {"commit": "abc", "config": {"graft": graft}}},
+            {"step": 1, "val": 3.0, "minutes": minutes}))))
+    (tmp_path / "out/tokenizer").mkdir()
+    (tmp_path / "out/tokenizer/ranks.json").write_text("{}")
+    about = bench.card()
+    assert about == json.loads((tmp_path / "weights/card.json").read_text())
+    assert (tmp_path / "weights/graft.safetensors").read_text() == "tiny_phase3"
+    assert about["graft"]["minutes"] == 100 and about["thinking"]["figures"]["val"] == 3.0
+    assert about.get("graft_before", {}).get("minutes") == before
