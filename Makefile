@@ -48,11 +48,11 @@ ON := --max_steps=700 --lr=8e-4 --min_lr=2e-5 --warmup_steps=50 --seed=3 --think
 
 tiny: .venv/installed
 	$(RUN) data.py --train_vocab=2048 --tokenizer=out/tokenizer --out=data/tiny
-	$(TRAIN) config/tiny_phase1.py
-	$(TRAIN) config/tiny_phase2.py --block=ffn --teacher=False --ffn= --out_dir=out/tiny_ffn --imitation_steps=0 --max_steps=4400 --lr=2e-3
-	$(TRAIN) config/tiny_phase2.py
-	$(TRAIN) config/tiny_phase3.py
-	$(TRAIN) config/tiny_phase3.py --graft=out/tiny_phase3/last/graft.safetensors --out_dir=out/tiny_phase3_on $(ON)
+	$(TRAIN) config/tiny_phase1.py --device=cpu
+	$(TRAIN) config/tiny_phase2.py --device=cpu --block=ffn --teacher=False --ffn= --out_dir=out/tiny_ffn --imitation_steps=0 --max_steps=4400 --lr=2e-3
+	$(TRAIN) config/tiny_phase2.py --device=cpu
+	$(TRAIN) config/tiny_phase3.py --device=cpu --out_dir=out/tiny_phase3_first
+	$(TRAIN) config/tiny_phase3.py --device=cpu --graft=out/tiny_phase3_first/last/graft.safetensors $(ON)
 	$(RUN) bench.py card
 
 bench: .venv/installed

@@ -1984,7 +1984,7 @@ def card() -> dict:
              **{f"{runs[name]}/last/graft.safetensors": f"{name}.safetensors"
                 for name in ("thinking", "graft", "ffn")}}
     # the Makefile spells out its commands; each run's config is below
-    about = {"command": "make tiny, or where a run below names a GPU make tiny-gpu", "files": {}}
+    about = {"command": "make tiny", "files": {}}
     for source, target in shipped.items():
         if not (Path("out") / source).exists():
             raise ValueError(f"expected out/{source}, found none: run `make tiny` first")
