@@ -41,7 +41,7 @@ demo: .venv/installed
 	  | $(RUN) sample.py --chat --show=ticks
 
 test: .venv/installed
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist=loadfile
 
 # phase 3 learns on, more slowly, more about text and what a memory does to it
 ON := --max_steps=700 --lr=8e-4 --min_lr=2e-5 --warmup_steps=50 --seed=3 --thinking_share=0.5 --locality_weight=2

@@ -22,6 +22,7 @@ import json
 import random
 import re
 import sysconfig
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -305,6 +306,15 @@ def _names() -> dict[str, list[str]]:
 
 
 NAMES = _names()
+
+
+@cache
+def alike(name: str, split: str) -> list[str]:
+    """Names of the split that begin or end like this one."""
+    onset = next(o for o in sorted(ONSETS, key=len, reverse=True) if name.startswith(o))
+    return [n for n in NAMES[split] if n.startswith(onset) or n.endswith(name[len(onset):])]
+
+
 VALUES = {split: {r: rel.values[:-10] if split == "train" else rel.values[-10:]
                   for r, rel in RELATIONS.items()}
           for split in ("train", "held_out")}
@@ -320,7 +330,7 @@ class FactWorld:
 
     def __init__(self, seed: int, split: str = "train", lexicon: list[str] | None = None):
         self.rng, self.lexicon = random.Random(seed), lexicon
-        self.names, self.values = NAMES[split], VALUES[split]
+        self.split, self.names, self.values = split, NAMES[split], VALUES[split]
         self.variety = 1.0  # share of statements not worded like answers
         self.spliced = False  # are the lexicon's values made of two words?
 
@@ -360,10 +370,9 @@ class FactWorld:
 
     def near_miss(self, fact: Fact, told: set[str]) -> Fact:
         """The same question about somebody of nearly the same name, whom nobody told of."""
-        onset = next(o for o in sorted(ONSETS, key=len, reverse=True) if fact.name.startswith(o))
-        strangers = [n for n in self.names if n not in told]
-        near = [n for n in strangers if n.startswith(onset) or n.endswith(fact.name[len(onset):])]
-        return Fact(self.rng.choice(near or strangers), fact.relation, UNKNOWN)
+        strangers = ([n for n in alike(fact.name, self.split) if n not in told]
+                     or [n for n in self.names if n not in told])
+        return Fact(self.rng.choice(strangers), fact.relation, UNKNOWN)
 
     def untold(self, fact: Fact, told: list[Fact]) -> Fact:
         """A question like this one that nothing told answers: about a near miss, or, one in three,

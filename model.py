@@ -324,7 +324,7 @@ class UNet(nn.Module):
 
 
 class NeuronLevelModel(nn.Module):
-    """Private weights for every neuron: GLU(W2_d GLU(W1_d A_d)). A (D, N, M) -> (D, N)."""
+    """Private weights for every neuron: GLU(W2_d GLU(W1_d A_d)). A (D, M, N) -> (D, N)."""
 
     def __init__(self, neurons: int, c: ThoughtConfig):
         super().__init__()
@@ -335,9 +335,9 @@ class NeuronLevelModel(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(neurons, 1, 2))
 
     def forward(self, trace: Tensor) -> Tensor:
-        hidden = F.glu(torch.baddbmm(self.b1.to(trace.dtype), trace, self.w1.to(trace.dtype)))
-        return F.glu(torch.baddbmm(self.b2.to(trace.dtype), hidden,
-                                   self.w2.to(trace.dtype))).squeeze(-1)
+        b1, w1, b2, w2 = (x.to(trace.dtype).mT for x in (self.b1, self.w1, self.b2, self.w2))
+        hidden = F.glu(torch.baddbmm(b1, w1, trace), 1)
+        return F.glu(torch.baddbmm(b2, w2, hidden), 1).squeeze(1)
 
 
 def private_uniform(neurons: int, fan_in: int, fan_out: int) -> Tensor:
@@ -404,7 +404,7 @@ class TickState(NamedTuple):
     """What lives within one token's thought. History is a tuple, so that ticks share what they
     remember."""
     z: Tensor                           # (B T, D) post-activations
-    trace: tuple[Tensor, ...]           # M pre-activations (B T, D), oldest first
+    trace: tuple[Tensor, ...]           # M pre-activations (D, B T), oldest first
     alpha_out: Tensor                   # (B, T, S) fp32
     alpha_act: Tensor
     beta_out: Tensor                    # (S,) fp32, the same for every token
@@ -479,19 +479,20 @@ class CTMBlock(nn.Module):
         zero = torch.zeros(B, T, self.config.sync, device=u.device)
 
         def everywhere(x: Tensor) -> Tensor:
-            return x.to(u.dtype).expand(B * T, D).contiguous()
-        return TickState(everywhere(self.start_z), tuple(map(everywhere, self.start_trace)), zero,
-                         zero.clone(), zero[0, 0], zero[0, 0])
+            return x.to(u.dtype)[:, None].expand(D, B * T).contiguous()
+        return TickState(everywhere(self.start_z).T.contiguous(),
+                         tuple(map(everywhere, self.start_trace)), zero, zero.clone(),
+                         zero[0, 0], zero[0, 0])
 
     def think(self, mixed: Tensor, z: Tensor, *trace: Tensor) -> tuple[Tensor, Tensor]:
-        """What N thoughts do by themselves in a tick, nearly all of its work: mixed (N, 2D), z and
-        the last M - 1 pre-activations (N, D), oldest first -> the next of them and z, (N, D).
+        """What N thoughts do by themselves in a tick, nearly all of its work: mixed (N, 2D),
+        z (N, D), the last M - 1 pre-activations (D, N), oldest first -> the next of these, and z.
 
         Of two axes, whole tensors rather than views, and without what differs between ticks, rows
         and lengths, so that what `torch.compile` makes of it serves them all.
         """
-        a = z + self.synapse(mixed).to(z.dtype)
-        return a, self.nlm(torch.stack([t.T for t in (*trace, a)], -1)).T.contiguous().to(a.dtype)
+        a = (z + self.synapse(mixed).to(z.dtype)).T.contiguous()
+        return a, self.nlm(torch.stack([*trace, a], 1)).T.contiguous().to(a.dtype)
 
     def tick(self, e_k: Tensor, u: Tensor, s: TickState, kv: KV, m: Tensor,
              places: Places) -> TickState:
@@ -708,6 +709,48 @@ def successors(tokens: Tensor) -> Tensor:
     return following.masked_fill(tokens < 0, -1)
 
 
+class FusedCrossEntropy(torch.autograd.Function):
+    """`NanoCTM.reading_loss` from normed x (N, k, D), embedding (V, D) and what a teacher's head
+    reads, normed (N, D), so many rows of logits at a time.
+
+    Their derivative is made where they are and scaled backwards, so that logits are computed once
+    and never kept (as Liger Kernel's fused linear cross-entropy, arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, embedding: Tensor, targets: Tensor, weight: Tensor,
+                teacher: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
+        k, loss, nats, of_x = x.shape[1], 0.0, [], []
+        of_embedding = torch.zeros_like(embedding) if ctx.needs_input_grad[1] else None
+        hard = 1.0 if teacher is None else 0.5                      # share of what came
+        for at in torch.arange(len(x), device=x.device).split(max(1, rows // k)):
+            logits = F.linear(x[at].flatten(0, 1), embedding)
+            log_p = logits.float().log_softmax(-1).view(len(at), k, -1)
+            came, share = targets[at, None, None].expand(-1, k, 1), weight[at, None, None] / k
+            nats.append(-log_p.gather(-1, came).squeeze(-1))
+            each, off = hard * nats[-1], log_p.exp()                # off: by how much, p - q
+            off.scatter_add_(-1, came, torch.full_like(off[..., :1], -hard))
+            if teacher is not None:
+                soft = F.linear(teacher[at], embedding).float().softmax(-1)[:, None]
+                each = each - (1 - hard) * (soft * log_p).sum(-1)
+                off.sub_(soft, alpha=1 - hard)
+            loss = loss + (each * share[..., 0]).sum()
+            off = off.mul_(share).flatten(0, 1).to(logits.dtype)
+            of_x.append((off @ embedding).to(x.dtype).view(len(at), k, -1))
+            if of_embedding is not None:
+                of_embedding.addmm_(off.T.to(embedding.dtype), x[at].flatten(0, 1).to(embedding))
+        nats = torch.cat(nats)
+        ctx.mark_non_differentiable(nats)
+        ctx.save_for_backward(torch.cat(of_x), of_embedding)
+        return loss, nats
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+        of_x, of_embedding = ctx.saved_tensors
+        return (grad * of_x, None if of_embedding is None else grad * of_embedding,
+                None, None, None, None)
+
+
 class NanoCTM(nn.Module):
     """A Qwen3 backbone and what stands in its last layer: "ctm", its own "ffn", or "none" (the
     layer deleted)."""
@@ -866,18 +909,17 @@ class NanoCTM(nn.Module):
 
     # -- learning signal
 
-    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """hidden (N, D) -> nats (N,) with gradient; logits are recomputed piece by piece backwards.
+    def reading_loss(self, hidden: Tensor, targets: Tensor, weight: Tensor,
+                     teacher: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What is read (N, k, D) at k ticks, the token that came (N,), weight (N,) -> the weighted
+        sum of nats, each a mean over the k, with its gradient; and all nats (N, k) without one.
 
-        targets: what came (N,), or what a teacher's head reads (N, D), whose prediction is then the
-        soft target.
+        teacher (N, D): what another head reads; half of the loss is then cross-entropy against its
+        prediction.
         """
-        def piece(h: Tensor, t: Tensor) -> Tensor:
-            return F.cross_entropy(self.head(h).float(), t if t.dim() == 1
-                                   else self.head(t).float().softmax(-1), reduction="none")
-        n = self.rows_at_once(hidden)
-        return torch.cat([checkpoint(piece, h, t, use_reentrant=False)
-                          for h, t in zip(hidden.split(n), targets.split(n))])
+        return FusedCrossEntropy.apply(
+            self.backbone.norm(hidden), self.backbone.embed_tokens.weight, targets, weight,
+            None if teacher is None else self.backbone.norm(teacher), self.rows_at_once(hidden))
 
     def tick_loss(self, thought: Thought, targets: Tensor, weight: Tensor, other: str = "any",
                   teacher: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
@@ -899,15 +941,11 @@ class NanoCTM(nn.Module):
         n, K = hidden.shape[:2]
         companion = (thought.tick_nats[where].argmin(-1) if other == "best"
                      else torch.randint(K, (n,)).to(hidden.device))
-        rows = torch.arange(n, device=hidden.device).repeat(2)
-        both = hidden[rows, torch.cat([companion, read])]  # the same tick twice where K is 1
-        nats = self.cross_entropy(both, target.repeat(2)).view(2, n)
-        loss = nats.mean(0)
-        if teacher is not None:
-            taught = self.cross_entropy(both, teacher[where].repeat(2, 1))
-            loss = (loss + taught.view(2, n).mean(0)) / 2
-        return (loss * w).sum() / w.sum(), {"nats": nats[-1].mean().item(),
-                                            "read_tick": read.float().mean().item()}
+        chosen = torch.stack([companion, read], 1)[:, :K]           # of one tick, that one
+        chosen = hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
+        loss, nats = self.reading_loss(chosen, target, w / w.sum(),
+                                       None if teacher is None else teacher[where])
+        return loss, {"nats": nats[:, -1].mean().item(), "read_tick": read.float().mean().item()}
 
 
 HEAD_ENTRIES = {"cpu": 2**18, "cuda": 2**26}        # logits held at once

@@ -261,6 +261,11 @@ def mixture_loss(model: NanoCTM, batch: Batch, step: int
     if where is not None:
         u = take(u, where)
         weight, following = weight.gather(1, where), following.gather(1, where)
+    if model.ctm is None:                                           # one tick: nothing to choose
+        learned = weight > 0
+        loss, nats = model.reading_loss((ticks.h[:, :, None] + ticks.out)[learned],
+                                        following[learned], weight[learned] / weight.sum())
+        return loss, {"nats": nats.mean().item(), "read_tick": 0.0}, None
     thought = None if imitating else model.measure(ticks, following)
     if imitating:
         loss, report = imitation_loss(model, ticks, u), {}
@@ -268,7 +273,7 @@ def mixture_loss(model: NanoCTM, batch: Batch, step: int
         with torch.no_grad():
             taught = ticks.h + model.backbone.layers[-1].mlp(u) if teacher else None
         loss, report = model.tick_loss(thought, following, weight, other_tick, taught)
-    if model.ctm and not brief:
+    if not brief:
         report["y_out"] = mean_and_square(ticks)
     return loss, report, thought
 
@@ -640,8 +645,8 @@ def settle_session(model: NanoCTM, mixture: data.Mixture, device: str, rows: int
                 e, x = torch.zeros(hidden.shape, device=device), ctm.session_key(session.m)
                 with torch.enable_grad():
                     h = hidden[known].requires_grad_()
-                    e[known] = -torch.autograd.grad(
-                        model.cross_entropy(h, after[known]).sum(), h)[0].float()
+                    loss, _ = model.reading_loss(h[:, None], after[known], torch.ones(len(h)).to(h))
+                    e[known] = -torch.autograd.grad(loss, h)[0].float()
                 each = e.flatten(0, 1)
                 for total, found in zip(sums, ((known.sum(1, True) * x).T @ x, e.sum(1).T @ x,
                                                each.T @ each, known.sum())):

@@ -8,8 +8,8 @@ from torch._dynamo.testing import CompileCounter
 
 from conftest import SHAPES, randomised, same, some_memory, some_tokens
 from memory import SessionMemory, dopamine, read_session
-from model import (BackboneConfig, CTMBlock, NanoCTM, Sync, ThoughtConfig, generate, load_backbone,
-                   load_graft, mean_and_square, save_backbone, save_graft)
+from model import (HEAD_ENTRIES, BackboneConfig, CTMBlock, NanoCTM, Sync, ThoughtConfig, generate,
+                   load_backbone, load_graft, mean_and_square, save_backbone, save_graft)
 
 # -----------------------------------------------------------------------------
 # invariant 1: the backbone is Qwen3
@@ -333,9 +333,28 @@ def test_a_teacher_is_half_of_what_a_tick_learns():
     loss, report = model.tick_loss(single, tokens.roll(-1, 1), weight, teacher=teacher)
     assert (torch.allclose(loss, (nats.mean() + entropy.mean()) / 2, atol=1e-5)
             and report["nats"] == pytest.approx(nats.mean().item(), abs=1e-5))
-    hidden = teacher[0].requires_grad_()
-    model.cross_entropy(hidden, hidden.detach()).sum().backward()
-    assert hidden.grad.abs().max() < 1e-5
+
+
+def test_a_reading_loss_is_cross_entropy_with_its_gradients_however_it_is_cut(monkeypatch):
+    model = randomised("more pairs than neurons").requires_grad_(True)
+    D, V = model.backbone.config.hidden_size, model.backbone.config.vocab_size
+    hidden, teacher = torch.randn(7, 2, D, requires_grad=True), torch.randn(7, D)
+    targets, weight = torch.randint(V, (7,)), torch.rand(7)
+    learning = [hidden, model.backbone.embed_tokens.weight, model.backbone.norm.weight]
+    log_p = model.head(hidden).log_softmax(-1)
+    nats = -log_p[torch.arange(7), :, targets]
+    taught = -(model.head(teacher).softmax(-1).detach()[:, None] * log_p).sum(-1)
+    for rows in (100, 4, 1):
+        monkeypatch.setitem(HEAD_ENTRIES, "cpu", rows * V)
+        for aside, expected in ((None, nats), (teacher, (nats + taught) / 2)):
+            wanted = (expected.mean(1) * weight).sum()
+            loss, found = model.reading_loss(hidden, targets, weight, aside)
+            same(loss, wanted)
+            same(found, nats)
+            assert not found.requires_grad
+            for a, b in zip(torch.autograd.grad(3 * loss, learning),
+                            torch.autograd.grad(3 * wanted, learning, retain_graph=True)):
+                assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_a_tick_by_chance_stands_for_the_mean_over_ticks():
