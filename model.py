@@ -6,7 +6,7 @@ mixes all D neurons, private two-layer networks read each neuron's own recent pa
 read out is not activity but *synchronisation*: how pairs of neurons have moved together over the
 ticks. Every tick makes its own prediction; the most certain one is read.
 
-Left out on purpose: training (train.py), what a session remembers and writes (memory.py), fused
+Left out on purpose: training (train.py), what a session remembers and writes (memory.py), Triton
 kernels. Nothing in the recurrence reads what the block puts out, so keys do not depend on `c_proj`
 or on a memory written beside it.
 
@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -478,11 +480,9 @@ class CTMBlock(nn.Module):
         B, T, D = u.shape
         zero = torch.zeros(B, T, self.config.sync, device=u.device)
 
-        def everywhere(x: Tensor) -> Tensor:
-            return x.to(u.dtype)[:, None].expand(D, B * T).contiguous()
-        return TickState(everywhere(self.start_z).T.contiguous(),
-                         tuple(map(everywhere, self.start_trace)), zero, zero.clone(),
-                         zero[0, 0], zero[0, 0])
+        z = self.start_z.to(u.dtype).expand(B * T, D).contiguous()
+        trace = [x.to(u.dtype)[:, None].expand(D, B * T).contiguous() for x in self.start_trace]
+        return TickState(z, tuple(trace), zero, zero.clone(), zero[0, 0], zero[0, 0])
 
     def think(self, mixed: Tensor, z: Tensor, *trace: Tensor) -> tuple[Tensor, Tensor]:
         """What N thoughts do by themselves in a tick, nearly all of its work: mixed (N, 2D),
@@ -710,7 +710,7 @@ def successors(tokens: Tensor) -> Tensor:
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """`NanoCTM.reading_loss` from normed x (N, k, D), embedding (V, D) and what a teacher's head
+    """`NanoCTM.reading_loss` from normed x (N, K', D), embedding (V, D) and what a teacher's head
     reads, normed (N, D), so many rows of logits at a time.
 
     Their derivative is made where they are and scaled backwards, so that logits are computed once
@@ -720,31 +720,35 @@ class FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, embedding: Tensor, targets: Tensor, weight: Tensor,
                 teacher: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
-        k, loss, nats, of_x = x.shape[1], 0.0, [], []
+        loss, nats, of_x = 0.0, [], []
         of_embedding = torch.zeros_like(embedding) if ctx.needs_input_grad[1] else None
         hard = 1.0 if teacher is None else 0.5                      # share of what came
-        for at in torch.arange(len(x), device=x.device).split(max(1, rows // k)):
-            logits = F.linear(x[at].flatten(0, 1), embedding)
-            log_p = logits.float().log_softmax(-1).view(len(at), k, -1)
-            came, share = targets[at, None, None].expand(-1, k, 1), weight[at, None, None] / k
+        n = max(1, rows // x.shape[1])
+        for piece, came, share, taught in zip(
+                x.split(n), targets[:, None, None].expand(*x.shape[:2], 1).split(n),
+                (weight[:, None, None] / x.shape[1]).split(n),
+                repeat(None) if teacher is None else teacher.split(n)):
+            logits = F.linear(piece.flatten(0, 1), embedding)
+            log_p = logits.float().log_softmax(-1).view(*piece.shape[:2], len(embedding))
             nats.append(-log_p.gather(-1, came).squeeze(-1))
             each, off = hard * nats[-1], log_p.exp()                # off: by how much, p - q
             off.scatter_add_(-1, came, torch.full_like(off[..., :1], -hard))
-            if teacher is not None:
-                soft = F.linear(teacher[at], embedding).float().softmax(-1)[:, None]
+            if taught is not None:
+                soft = F.linear(taught, embedding).float().softmax(-1)[:, None]
                 each = each - (1 - hard) * (soft * log_p).sum(-1)
                 off.sub_(soft, alpha=1 - hard)
             loss = loss + (each * share[..., 0]).sum()
             off = off.mul_(share).flatten(0, 1).to(logits.dtype)
-            of_x.append((off @ embedding).to(x.dtype).view(len(at), k, -1))
+            of_x.append((off @ embedding).to(x.dtype).view_as(piece))
             if of_embedding is not None:
-                of_embedding.addmm_(off.T.to(embedding.dtype), x[at].flatten(0, 1).to(embedding))
+                of_embedding.addmm_(off.T.to(embedding.dtype), piece.flatten(0, 1).to(embedding))
         nats = torch.cat(nats)
         ctx.mark_non_differentiable(nats)
         ctx.save_for_backward(torch.cat(of_x), of_embedding)
         return loss, nats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
         of_x, of_embedding = ctx.saved_tensors
         return (grad * of_x, None if of_embedding is None else grad * of_embedding,
@@ -911,11 +915,11 @@ class NanoCTM(nn.Module):
 
     def reading_loss(self, hidden: Tensor, targets: Tensor, weight: Tensor,
                      teacher: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What is read (N, k, D) at k ticks, the token that came (N,), weight (N,) -> the weighted
-        sum of nats, each a mean over the k, with its gradient; and all nats (N, k) without one.
+        """What is read at K' ticks (N, K', D), the token that came (N,), weight (N,) -> the weighted
+        sum of nats, each a mean over the ticks, with its gradient; and all nats (N, K') without one.
 
         teacher (N, D): what another head reads; half of the loss is then cross-entropy against its
-        prediction.
+        prediction. No gradient reaches weight or teacher.
         """
         return FusedCrossEntropy.apply(
             self.backbone.norm(hidden), self.backbone.embed_tokens.weight, targets, weight,

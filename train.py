@@ -247,7 +247,8 @@ Batch = tuple[torch.Tensor, ...]
 def mixture_loss(model: NanoCTM, batch: Batch, step: int
                  ) -> tuple[torch.Tensor, dict, Thought | None]:
     """Loss of one micro-batch, a report (nats of the tick read, its mean index, and where all K
-    ticks think mean and mean square of y_out (2, K, S)), and the thought."""
+    ticks think mean and mean square of y_out (2, K, S)), and the thought; None while it imitates
+    and without the block."""
     tokens, weight, before = batch
     trunk = model.trunk(tokens)
     imitating = phase == 2 and model.ctm is not None and step < imitation_steps
@@ -833,7 +834,7 @@ def report_needs() -> None:
               "one tick, recomputed backwards" if checkpoint_ticks else "ticks, all kept":
                   one_tick * (1 if checkpoint_ticks or not grafted else K),
               "keys and values of the trunk": cached,
-              "logits in flight": 3 * 4 * HEAD_ENTRIES["cuda"],
+              "logits in flight": 5 * 4 * HEAD_ENTRIES["cuda"],
               "trunk, a layer at a time": B * T * 2 * (8 * D + 3 * b.intermediate_size)
                                           * (b.num_hidden_layers if phase == 1 else 2)}
     print(f"parameters: {frozen:,} frozen, {learning:,} trainable")
