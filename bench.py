@@ -547,38 +547,45 @@ def difference_interval(won: float, lost: float, n: int, z: float = 1.96) -> lis
     return [won - lost - half, won - lost + half]
 
 
-def after_restart(mind: Mind, stores: list[list[tuple]], questions: list[str]) -> list[str]:
-    """Commit sessions to a store each, then let a new process open them and answer, each store an
-    equal run of the questions."""
+def after_restart(mind: Mind, asked: list[tuple[list[list[tuple]], list[str]]]) -> list[list[str]]:
+    """For each of several sets of stores: commit their sessions, then let a new process open them
+    and answer, each store an equal run of the set's questions."""
     text = OrdinaryText(mind.model)
     with tempfile.TemporaryDirectory() as where:
-        folders = [Path(where) / str(i) for i in range(len(stores))]
-        for folder, sessions in zip(folders, stores):
-            with Store(folder, mind.model, max_drift=math.inf, text=text) as store:
-                for left in sessions:
-                    store.commit(*left)
+        sets = [([Path(where) / f"{n}-{i}" for i in range(len(stores))], questions)
+                for n, (stores, questions) in enumerate(asked)]
+        for (folders, _), (stores, _) in zip(sets, asked):
+            for folder, sessions in zip(folders, stores):
+                with Store(folder, mind.model, max_drift=math.inf, text=text) as store:
+                    for left in sessions:
+                        store.commit(*left)
         with one_process_each(1) as pool:
-            return pool.submit(answers, folders, questions).result()
+            return pool.submit(answers, sets).result()
 
 
-def answers(folders: list[Path], questions: list[str]) -> list[str]:
+def answers(sets: list[tuple[list[Path], list[str]]]) -> list[list[str]]:
     """What the second process does: open each store, and ask. Nothing else is known to it."""
-    mind, known = Mind(), []
-    for folder in folders:
-        with Store(folder, mind.model, read_only=True) as store:
-            known.append(Plastic(store.plastic()))
-    return mind.ask(questions, known)
+    mind, said = Mind(), []
+    for folders, questions in sets:
+        known = []
+        for folder in folders:
+            with Store(folder, mind.model, read_only=True) as store:
+                known.append(Plastic(store.plastic()))
+        said.append(mind.ask(questions, known))
+    return said
 
 
 def restart_figures(s: Sample) -> dict:
     """Recall at N = 1, 10, 100, in a new process; how often a stranger is given the fact
     of the one of nearly the same name, or anybody's."""
     found, everybody = {}, list(range(len(s.facts)))
-    for n, stores in ((1, [[left] for left in s.singles]), (10, [[left] for left in s.left]),
-                      (100, [s.left])):
-        groups = batches(everybody, n)
-        said = after_restart(s.mind, stores, [q for which in groups for q in s.questions(which)])
-        found |= {f"{n}_{kind}": mean(xs) for kind, xs in s.graded_together(groups, said).items()}
+    told = {1: [[left] for left in s.singles], 10: [[left] for left in s.left], 100: [s.left]}
+    groups = {n: batches(everybody, n) for n in told}
+    said = after_restart(s.mind, [(stores, [q for which in groups[n] for q in s.questions(which)])
+                                  for n, stores in told.items()])
+    for n, replies in zip(told, said):
+        found |= {f"{n}_{kind}": mean(xs)
+                  for kind, xs in s.graded_together(groups[n], replies).items()}
     return found
 
 
@@ -856,9 +863,9 @@ def carry_part(s: Sample) -> dict:
             | {"untrained_100": untrained_recall(s)})
 
 
-PARTS = {"restart": written_figures, "neighbours": neighbour_figures, "order": order_figures,
-         "capacity": capacity_figures, "arms": arm_figures, "fine_tune": fine_tune_figures,
-         "carry": carry_part}
+PARTS = {"neighbours": neighbour_figures, "order": order_figures, "capacity": capacity_figures,
+         "arms": arm_figures, "fine_tune": fine_tune_figures, "carry": carry_part,
+         "restart": written_figures}                                # the longer, the later
 
 
 def measured(parts: dict) -> dict[str, list[float]]:
@@ -870,7 +877,7 @@ def measured(parts: dict) -> dict[str, list[float]]:
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in made_of)
                             + json.dumps([globals()[k] for k in SETTINGS]).encode())
     kept = Path("out/bench_memory") / digest.hexdigest()[:12]
-    tasks = [(name, seed) for name in reversed(parts) for seed in range(seeds)]  # mqar is longest
+    tasks = [(name, seed) for name in reversed(parts) for seed in range(seeds)]  # longest first
     with one_process_each(len(tasks)) as pool:
         runs = {pool.submit(part_of, *task, kept / "{}-{}.json".format(*task) if full else None):
                 task for task in tasks}

@@ -25,7 +25,7 @@ import sysconfig
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -118,7 +118,8 @@ def _tiktoken_from(path: Path) -> tiktoken.Encoding:
 # -----------------------------------------------------------------------------
 # tiny text: about 2 MB of real English that every Python carries
 
-def tiny_documents() -> list[str]:
+@cache
+def tiny_documents() -> tuple[str, ...]:
     """Python's language reference topics and the docstrings of its standard library, in a fixed
     order.
 
@@ -140,10 +141,10 @@ def tiny_documents() -> list[str]:
         text = "\n\n".join(d for n in nodes if (d := ast.get_docstring(n)))
         if len(text) > 200:
             docs.append(text)
-    return docs
+    return tuple(docs)
 
 
-def split_documents(docs: list[str], held_out: float = 0.1) -> tuple[list[str], list[str]]:
+def split_documents(docs: Iterable[str], held_out: float = 0.1) -> tuple[list[str], list[str]]:
     """Cut every document into pieces of about 2,000 characters; a piece's own hash decides train or
     held-out."""
     train, val = [], []
@@ -154,7 +155,7 @@ def split_documents(docs: list[str], held_out: float = 0.1) -> tuple[list[str], 
     return train, val
 
 
-def text_sha256(docs: list[str]) -> str:
+def text_sha256(docs: Iterable[str]) -> str:
     """What a token file's meta.json says of the same documents."""
     return hashlib.sha256("".join(docs).encode()).hexdigest()
 
