@@ -250,23 +250,22 @@ def mixture_loss(model: NanoCTM, batch: Batch, step: int
     ticks think mean and mean square of y_out (2, K, S)), and the thought; None while it imitates
     and without the block."""
     tokens, weight, before = batch
-    trunk = model.trunk(tokens)
-    imitating = phase == 2 and model.ctm is not None and step < imitation_steps
-    m = (inherited_session(model, before).m
-         if model.ctm and not imitating and share_of_steps(inherited_share, step) else None)
-    brief = is_brief(step)
-    where = (foremost(weight, max(1, int(weight.shape[1] * thinking_share)))
-             if model.ctm and not brief else None)                  # what is learned comes first
-    ticks, u = model.ticks(*trunk, m=m, where=where, number=brief_ticks * brief), trunk[1]
-    following = successors(tokens)
-    if where is not None:
-        u = take(u, where)
-        weight, following = weight.gather(1, where), following.gather(1, where)
+    trunk, following = model.trunk(tokens), successors(tokens)
     if model.ctm is None:                                           # one tick: nothing to choose
-        learned = weight > 0
+        ticks, learned = model.ticks(*trunk), weight > 0
         loss, nats = model.reading_loss((ticks.h[:, :, None] + ticks.out)[learned],
                                         following[learned], weight[learned] / weight.sum())
         return loss, {"nats": nats.mean().item(), "read_tick": 0.0}, None
+    imitating = phase == 2 and step < imitation_steps
+    m = (inherited_session(model, before).m
+         if not imitating and share_of_steps(inherited_share, step) else None)
+    brief = is_brief(step)
+    where = (None if brief else                                     # what is learned comes first
+             foremost(weight, max(1, int(weight.shape[1] * thinking_share))))
+    ticks, u = model.ticks(*trunk, m=m, where=where, number=brief_ticks * brief), trunk[1]
+    if where is not None:
+        u = take(u, where)
+        weight, following = weight.gather(1, where), following.gather(1, where)
     thought = None if imitating else model.measure(ticks, following)
     if imitating:
         loss, report = imitation_loss(model, ticks, u), {}

@@ -365,9 +365,10 @@ def test_a_reading_loss_is_cross_entropy_with_its_gradients_however_it_is_cut(
             assert close(loss, wanted) and close(found, nats) and not found.requires_grad
             assert all(map(close, torch.autograd.grad(3 * loss, learning),
                            torch.autograd.grad(3 * wanted, learning, retain_graph=True)))
-    loss, found = model.reading_loss(hidden[:0], targets[:0], weight[:0], teacher[:0])
-    assert loss == 0 and found.shape == (0, 2)                      # a chunk of padding alone
-    assert not torch.autograd.grad(loss, hidden)[0].any()
+    for aside in (None, teacher[:0]):                               # a chunk of padding alone
+        loss, found = model.reading_loss(hidden[:0], targets[:0], weight[:0], aside)
+        assert loss == 0 and found.shape == (0, 2)
+        assert not torch.autograd.grad(loss, hidden)[0].any()
 
 
 def test_a_tick_by_chance_stands_for_the_mean_over_ticks():
