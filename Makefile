@@ -43,13 +43,13 @@ demo: .venv/installed
 test: .venv/installed
 	$(RUN) -m pytest -q -n 2 --dist=loadfile
 
-# phase 3 learns on, more slowly, more about text and what a memory does to it
-ON := --max_steps=700 --lr=8e-4 --min_lr=2e-5 --warmup_steps=50 --seed=3 --thinking_share=0.5 --locality_weight=2
+# phase 3 learns on, more slowly, more about telling and asking
+ON := --max_steps=1000 --lr=8e-4 --warmup_steps=50 --seed=3 --thinking_share=0.375 --full_share=1 --episode_weight=0.4
 
 tiny: .venv/installed
 	$(RUN) data.py --train_vocab=2048 --tokenizer=out/tokenizer --out=data/tiny
 	$(TRAIN) config/tiny_phase1.py --device=cpu
-	$(TRAIN) config/tiny_phase2.py --device=cpu --block=ffn --teacher=False --ffn= --out_dir=out/tiny_ffn --imitation_steps=0 --max_steps=4400 --lr=2e-3
+	$(TRAIN) config/tiny_phase2.py --device=cpu --block=ffn --teacher=False --ffn= --out_dir=out/tiny_ffn --imitation_steps=0 --max_steps=4400 --lr=2e-3 --min_lr=1e-4
 	$(TRAIN) config/tiny_phase2.py --device=cpu
 	$(TRAIN) config/tiny_phase3.py --device=cpu --out_dir=out/tiny_phase3_first
 	$(TRAIN) config/tiny_phase3.py --device=cpu --graft=out/tiny_phase3_first/last/graft.safetensors $(ON)

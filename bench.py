@@ -214,7 +214,7 @@ def cost_table(backbone: BackboneConfig, thought: ThoughtConfig) -> list[dict]:
     """FLOPs that the block adds per token, counted;
     and CPU microseconds of the block and of the trunk, measured."""
     table, K, D = [], thought.ticks, backbone.hidden_size
-    shapes = [("base", K, T, D), *((f"K={k}", k, T, D) for k in (1, 2, 4, 16)),
+    shapes = [("base", K, T, D), *((f"K={k}", k, T, D) for k in (1, 2, 4, 8, 16) if k != K),
               *((f"T={t}", K, t, D) for t in (64, 128, 512)),
               *((f"D={d}", K, T, d) for d in (64, 256))]
     for name, ticks, length, width in shapes:
@@ -1288,7 +1288,7 @@ def other_blocks(s: Sample):
         other.ctm.read_along(expand)
         yield (f"F = {expand} S" if expand else "along the key itself, no features",
                other, s.factors)
-    for k in (1, 2, 4):
+    for k in (1, s.mind.ctm.config.ticks // 2):
         few = Mind()
         few.ctm.config = replace(few.ctm.config, ticks=k)
         yield f"K={k}", few, few.factors(s.texts[10])
