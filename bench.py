@@ -1288,7 +1288,7 @@ def other_blocks(s: Sample):
         other.ctm.read_along(expand)
         yield (f"F = {expand} S" if expand else "along the key itself, no features",
                other, s.factors)
-    for k in (1, s.mind.ctm.config.ticks // 2):
+    for k in sorted({1, max(1, s.mind.ctm.config.ticks // 2)}):
         few = Mind()
         few.ctm.config = replace(few.ctm.config, ticks=k)
         yield f"K={k}", few, few.factors(s.texts[10])
