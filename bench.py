@@ -913,7 +913,7 @@ def untrained_recall(s: Sample) -> float:
     """The same 100 facts written into the block as phase 2 left it, which nothing taught salience,
     strength or Sigma: every token counts, at the trained block's strength, and Sigma is measured on
     training text."""
-    before = Mind(thinking, threshold=0.0, budget=1000)
+    before = Mind(thinking, threshold=0.0, expected=0.0, budget=1000)
     before.ctm.log_eta.data.copy_(s.mind.ctm.log_eta)
     keys = before.model(before.ctm.ordinary).key.flatten(0, 1)
     before.ctm.key_moment.copy_(keys.T @ keys / len(keys) / keys.shape[1])
@@ -1266,8 +1266,9 @@ def other_rules(s: Sample):
             ("nothing superseded", kept, told),
             ("told three times, nothing superseded", kept, told + again),
             ("... no delta", replace(kept, delta=False), told + again),
+            ("what was expected, too", WriteRule(), Mind(expected=0.0).factors(s.texts[10])),
             ("every token eligible", WriteRule(),
-             Mind(threshold=0.0, budget=1000).factors(s.texts[10])),
+             Mind(threshold=0.0, expected=0.0, budget=1000).factors(s.texts[10])),
             ("novelty gate", WriteRule(),
              [f._replace(keys=torch.nn.functional.normalize(keys, dim=1))
               for f, keys in zip(told, gated)])):

@@ -182,13 +182,14 @@ class SessionMemory:
     """
 
     def __init__(self, model: NanoCTM, rows: int, chunk: int = 32, threshold: float = 0.5,
-                 budget: int = 64):
-        """threshold of salience; budget: factors at most."""
+                 expected: float = 0.1, budget: int = 64):
+        """threshold of salience; expected: a token of fewer nats is no news, though it may be
+        salient; budget: factors at most."""
         if model.ctm is None:
             raise ValueError("expected a model with a CTM block, found one without: a session has "
                              "nothing to carry there")
         self.model, self.rows, self.chunk = model, rows, chunk
-        self.threshold, self.budget = threshold, budget
+        self.threshold, self.expected, self.budget = threshold, expected, budget
         self.start()
 
     def start(self, warm: Carry | None = None) -> None:
@@ -275,19 +276,24 @@ class SessionMemory:
                              "ends here and nothing of it is written")
         after = real.flip(1).cumsum(1).flip(1) - real  # (B, n) tokens lived since, within this call
         share = (reward * known)[:, :, None, None] * ctm.gamma(after)
-        fade = ctm.gamma(n)
-        lived_now = Carry((share * lived.delta_alpha).sum(1), (share * lived.delta_beta).sum(1))
-        self.sums, self.warm = self.sums.faded(fade).plus(lived_now), self.warm.faded(fade)
         self._mark(lived, next_tokens, eligible & known, surprise, reward)
-        self.filled, self.position = self.filled + n, self.position + n
+        self._pass(n)
+        self.sums = self.sums.plus(Carry((share * lived.delta_alpha).sum(1),
+                                         (share * lived.delta_beta).sum(1)))
         self._renew(self.filled == self.chunk)
+
+    def _pass(self, n: Tensor) -> None:
+        """n (B,) tokens go by: what was lived before fades."""
+        fade = self.model.ctm.gamma(n)
+        self.sums, self.warm = self.sums.faded(fade), self.warm.faded(fade)
+        self.filled, self.position = self.filled + n, self.position + n
 
     @torch.no_grad()
     def _mark(self, lived: Lived, next_tokens: Tensor, eligible: Tensor, surprise: Tensor,
               reward: Tensor) -> None:
-        """Keep what is salient."""
+        """Keep what is salient and came as news."""
         salient = salience(self.model.ctm, lived.key)
-        eligible = eligible & (salient > self.threshold)
+        eligible = eligible & (salient > self.threshold) & (surprise >= self.expected)
         position = self.position[:, None] + lived.real.long().cumsum(1) - 1
         marked = Marked(lived.hidden, next_tokens, lived.key, surprise, reward, salient, position,
                         lived.tick)
@@ -304,8 +310,7 @@ class SessionMemory:
         """End the session: the open chunk closes, and what was salient comes out, at most `budget`
         a row, strongest first."""
         if self.waiting is not None:  # a token without a successor weighs nothing
-            unknown = torch.full_like(self.waiting.tick, -1)
-            self._take_in(self.waiting, unknown, unknown >= 0)
+            self._pass(self.waiting.real.long().sum(1))
             self.waiting = None
         self._renew(torch.ones_like(self.filled, dtype=torch.bool))
         return [self._bounded(pieces) for pieces in self.kept]

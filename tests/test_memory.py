@@ -170,6 +170,16 @@ def test_the_budget_keeps_the_strongest(model):
             and factors[0].position.tolist() == sorted(strength.topk(7).indices.tolist()))
 
 
+def test_what_was_expected_is_not_kept(model):
+    tokens = some_tokens(model, 1, 30)
+    (everything,) = read_session(model, tokens, threshold=0.0)[1]
+    middle = everything.surprise.median()
+    (news,) = read_session(model, tokens, threshold=0.0, expected=float(middle))[1]
+    kept = everything.surprise >= middle
+    assert 0 < kept.sum() < len(kept)
+    same(news.keys, everything.keys[kept])
+
+
 # -----------------------------------------------------------------------------
 # invariant 7: the write
 
