@@ -34,7 +34,7 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -823,26 +823,29 @@ def carry_figures(mind: Mind, tokens: Tensor, chats: Tensor, seen: int = 32) -> 
 
 def write_cost(mind: Mind, texts: list[str]) -> dict:
     """CPU seconds of reading and writing sessions, one after the other into one memory, over those
-    of reading them just before: the median of five pairs, since one CPU is not as fast all the
-    time; milliseconds of making the empty memory, which a process does once."""
-    ids = [torch.tensor([mind.words.encode(t)]) for t in texts]
-    def reading() -> None:
-        for tokens in ids:
-            SessionMemory(mind.model, 1, threshold=1.1).read(tokens, Cache())   # nothing is marked
-    def writing() -> None:
+    of reading them: of each session its best of five, one read just before it is read and written,
+    since one CPU is not as fast all the time; milliseconds of making the empty memory, which a
+    process does once."""
+    taken = torch.zeros(5, len(texts), 2)
+    for each in taken:
         pointing, plastic = [], Plastic.blank(mind.ctm)
-        for tokens in ids:
-            factors = read_session(mind.model, tokens)[1][0]
-            pointing.append(bearings(mind.ctm, factors))
-            superseded(pointing, WriteRule().near, len(pointing) - 1)           # its time
-            plastic = compact_memory(mind.ctm, plastic, factors)
+        for text, seconds in zip(texts, each):
+            tokens = torch.tensor([mind.words.encode(text)])
+            def reading() -> None:
+                SessionMemory(mind.model, 1, threshold=1.1).read(tokens, Cache())   # none is marked
+            def writing() -> None:
+                nonlocal plastic
+                factors = read_session(mind.model, tokens)[1][0]
+                pointing.append(bearings(mind.ctm, factors))
+                superseded(pointing, WriteRule().near, len(pointing) - 1)           # its time
+                plastic = compact_memory(mind.ctm, plastic, factors)
+            with torch.no_grad():
+                seconds.copy_(torch.tensor([cpu_seconds(reading, 1), cpu_seconds(writing, 1)]))
+    alone, both = taken.amin(0).sum(0).tolist()
     def empty() -> None:
         mind.ctm.projectors.clear()
         Plastic.blank(mind.ctm)
-    with torch.no_grad():
-        pairs = [[cpu_seconds(work, 1) for work in (reading, writing)] for _ in range(5)]
-        return {"write_cost_ratio": median(both / alone for alone, both in pairs),
-                "empty_memory_ms": 1000 * cpu_seconds(empty)}
+    return {"write_cost_ratio": both / alone, "empty_memory_ms": 1000 * cpu_seconds(empty)}
 
 
 def written_figures(s: Sample) -> dict:
