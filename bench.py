@@ -2006,9 +2006,11 @@ def card() -> dict:
     about["files"]["ranks.json"] = hashlib.sha256((folder / "ranks.json").read_bytes()).hexdigest()
     for name, run in runs.items():
         about[name] = report_of(Path("out") / run)
-    first = Path(about["graft"]["config"]["graft"]).parent.parent   # what phase 3 went on from
-    if first.name != runs["thinking"] and (first / "log.jsonl").exists():
-        about["graft_before"] = report_of(first)
+    came, about["graft_before"] = about["graft"], []                # parts of phase 3, latest first
+    while ((run := Path(came["config"]["graft"]).parent.parent).name != runs["thinking"]
+           and (run / "log.jsonl").exists()):
+        came = report_of(run)
+        about["graft_before"].append(came)
     about["text_sha256"] = data.text_sha256(data.tiny_documents())
     (folder / "card.json").write_text(json.dumps(about, indent=1))
     return about

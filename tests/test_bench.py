@@ -228,25 +228,26 @@ def test_no_lie_is_imported_and_a_full_disk_refuses(fire):
     assert found["second_writer_refused"]
 
 
-@pytest.mark.parametrize("went_on_from, before", [("tiny_phase2", None), ("tiny_phase3_first", 80)])
+@pytest.mark.parametrize("parts", [1, 2, 3])
 def test_a_card_says_of_every_run_that_led_to_the_weights_how_it_came_about(
-        tmp_path, monkeypatch, went_on_from, before):
+        tmp_path, monkeypatch, parts):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench.data, "tiny_documents", lambda: ["text"])
-    for run, minutes in (("tiny_phase1", 20), ("tiny_ffn", 40), ("tiny_phase2", 60),
-                         ("tiny_phase3_first", 80), ("tiny_phase3", 100)):
+    chain = ["tiny_phase2", "tiny_phase3_1", "tiny_phase3_2"][:parts]
+    for minutes, run in enumerate(["tiny_phase1", "tiny_ffn", *chain, "tiny_phase3"]):
         last = tmp_path / "out" / run / "last"
         last.mkdir(parents=True)
         for name in ("model.safetensors", "config.json", "graft.safetensors"):
             (last / name).write_text(run)
-        graft = f"out/{went_on_from}/last/graft.safetensors"
+        came = chain[chain.index(run) - 1] if run in chain else chain[-1]
         (last.parent / "log.jsonl").write_text("\n".join(map(json.dumps, (
-            {"run": {"commit": "abc", "config": {"graft": graft}}},
+            {"run": {"commit": "abc", "config": {"graft": f"out/{came}/last/graft.safetensors"}}},
             {"step": 1, "val": 3.0, "minutes": minutes}))))
     (tmp_path / "out/tokenizer").mkdir()
     (tmp_path / "out/tokenizer/ranks.json").write_text("{}")
     about = bench.card()
     assert about == json.loads((tmp_path / "weights/card.json").read_text())
     assert (tmp_path / "weights/graft.safetensors").read_text() == "tiny_phase3"
-    assert about["graft"]["minutes"] == 100 and about["thinking"]["figures"]["val"] == 3.0
-    assert about.get("graft_before", {}).get("minutes") == before
+    assert about["thinking"]["minutes"] == 2 and about["thinking"]["figures"]["val"] == 3.0
+    assert [r["minutes"] for r in (about["graft"], *about["graft_before"])] == [
+        parts + 2, *range(parts + 1, 2, -1)]
