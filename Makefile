@@ -50,7 +50,7 @@ ON = $(TRAIN) config/tiny_phase3.py --device=cpu --graft=out/$(1)/last/graft.saf
 tiny: .venv/installed
 	$(RUN) data.py --train_vocab=2048 --tokenizer=out/tokenizer --out=data/tiny
 	$(TRAIN) config/tiny_phase1.py --device=cpu
-	$(TRAIN) config/tiny_phase2.py --device=cpu --block=ffn --teacher=False --ffn= --out_dir=out/tiny_ffn --imitation_steps=0 --max_steps=5200 --lr=2e-3 --min_lr=1e-4
+	$(TRAIN) config/tiny_phase2.py --device=cpu --block=ffn --teacher=False --ffn= --out_dir=out/tiny_ffn --imitation_steps=0 --max_steps=6350 --lr=2e-3 --min_lr=1e-4
 	$(TRAIN) config/tiny_phase2.py --device=cpu
 	$(TRAIN) config/tiny_phase3.py --device=cpu --out_dir=out/tiny_phase3_1 --stop_at=2800
 	$(call ON,tiny_phase3_1,tiny_phase3_2) --max_steps=700 --lr=5e-4 --seed=3 --episode_weight=0.03
