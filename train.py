@@ -23,6 +23,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,7 @@ weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
 clip = 1.0                  # norm of the gradient at most
+input_ridge = 0.0           # linear maps learn where what they read is white; 0: as it is
 other_tick = "any"          # tick loss, beside the most certain tick: "any" by chance, or "best"
 full_share = 1.0            # of steps: they think K ticks; in phase 3 they tell and ask as well
 brief_ticks = 0             # of the others, about every token; 0: K, as thinking_share says
@@ -219,11 +221,61 @@ def thought_config() -> ThoughtConfig:
                          expand=expand)
 
 
-def build_optimizer(parameters: list[torch.Tensor]) -> torch.optim.AdamW:
-    """AdamW; decay only where a matrix multiplies (private neuron weights included)."""
-    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(beta1, beta2))
+class WhitenedAdamW(torch.optim.AdamW):
+    """AdamW that moves the weight W = A P of a linear map by moving A. P = L^-1 makes what the map
+    reads white: L L' = E xx' / (mean of its diagonal) + ridge I.
+
+    What a thought reads of itself varies in few directions, and a step as long in each of them
+    learns next to nothing from all others (LOG.md). This is the inputs' half of K-FAC
+    (arXiv:1503.05671), alone as in FOOF (arXiv:2201.12250), before Adam. E xx' is what was read in
+    the first ten steps and every twentieth, averaged over processes, older ones counting less.
+    These weights do not decay. With ridge 0, AdamW.
+    """
+
+    def __init__(self, learner: torch.nn.Module, ridge: float, **settings):
+        self.ridge, self.looking = ridge, False
+        self.maps = [m for m in learner.modules() if isinstance(m, torch.nn.Linear) and ridge]
+        self.seen: list[list[torch.Tensor]] = [[] for _ in self.maps]
+        whitened = [m.weight for m in self.maps]
+        others = [p for p in learner.parameters()
+                  if p.requires_grad and all(p is not w for w in whitened)]
+        groups = [{"params": [p for p in others if p.dim() >= 2], "weight_decay": weight_decay},
+                  {"params": [p for p in others if p.dim() < 2] + whitened, "weight_decay": 0.0}]
+        super().__init__([g for g in groups if g["params"]], **settings)
+        for layer, seen in zip(self.maps, self.seen):
+            layer.register_forward_pre_hook(partial(self._look, seen))
+
+    def _look(self, seen: list[torch.Tensor], layer: torch.nn.Module,
+              read: tuple[torch.Tensor]) -> None:
+        """Second moment (n, n) of some rows of what a map reads, on steps that look, to learn."""
+        if self.looking and torch.is_grad_enabled():
+            x = read[0].detach().flatten(0, -2)
+            x = x[::max(1, len(x) // 256)].float()
+            seen.append(x.T @ x / len(x))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        ways = [self.state[m.weight].get("way") for m in self.maps]
+        turned = [(m.weight, way, m.weight.clone()) for m, way in zip(self.maps, ways)
+                  if way is not None]                               # none yet at the first step
+        for weight, way, _ in turned:
+            weight.grad = weight.grad @ way.T
+        super().step()
+        for weight, way, before in turned:
+            weight.copy_(before + (weight - before) @ way)
+        for layer, seen in zip(self.maps, self.seen):
+            if seen:
+                self._renew(self.state[layer.weight], averaged(torch.stack(seen).mean(0)))
+                seen.clear()
+
+    def _renew(self, state: dict, found: torch.Tensor) -> None:
+        """Move what is known of a map's inputs towards what was found, and its way with them."""
+        n, times = len(found), float(state.get("times", 0)) + 1
+        moment = state.get("moment", torch.zeros_like(found)).lerp(found, 1 / min(times, 5))
+        same = torch.eye(n, dtype=torch.float64, device=found.device)
+        L = torch.linalg.cholesky(moment.double() * n / moment.trace() + self.ridge * same)
+        state |= {"times": torch.tensor(times), "moment": moment,
+                  "way": torch.linalg.solve_triangular(L, same, upper=False).float().contiguous()}
 
 
 def learning_rate(step: int) -> float:
@@ -972,7 +1024,7 @@ def main() -> None:
     model, mixture, held_out, text_sha256 = prepare(where)
     earlier = math.inf if was_writable(model) else 0
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(learning)
+    optimizer = WhitenedAdamW(learner(model), input_ridge, lr=lr, betas=(beta1, beta2))
     folder, state = Path(out_dir), {"step": 0, "best": float("inf"), "processes": world,
                                     "config": config}
     if resume:
@@ -995,7 +1047,8 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         torch.manual_seed(seed + 1000 * step + 10**9 * rank)        # chance by step: exact resume
-        if phase == 3 and (step < 10 or step % 20 == 0):
+        optimizer.looking = step < 10 or step % 20 == 0
+        if phase == 3 and optimizer.looking:
             model.ctm.whiten()
         total = 0.0
         for _ in range(accumulation):

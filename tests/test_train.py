@@ -109,10 +109,67 @@ def test_a_brief_step_thinks_a_few_ticks_about_every_token(model, monkeypatch):
     assert not any(map(training.is_brief, range(8)))
 
 
+def learn(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, optimizer, steps: int) -> list:
+    """Losses of so many steps, the first of which only looks."""
+    losses = []
+    for step in range(steps):
+        optimizer.looking = step < 10
+        loss = (model(x) - y).pow(2).mean()
+        (loss * (step > 0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def two_layers() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+
+
+def test_without_a_ridge_it_is_adamw():
+    x, y = torch.randn(64, 12), torch.randn(64, 3)
+    ours, theirs = two_layers(), two_layers()
+    groups = [{"params": [p for p in theirs.parameters() if p.dim() == d], "weight_decay": w}
+              for d, w in ((2, training.weight_decay), (1, 0.0))]
+    assert (learn(ours, x, y, training.WhitenedAdamW(ours, 0.0, lr=1e-2), 20)
+            == learn(theirs, x, y, torch.optim.AdamW(groups, lr=1e-2), 20))
+
+
+def test_a_whitened_step_does_not_depend_on_how_its_inputs_are_mixed():
+    """x -> T x, W -> W T^-1 is the same map, and learns the same; with AdamW it does not.
+    T is triangular, as ways are, so that not even a turn of the coordinates is left, and keeps
+    the inputs' power, by which steps are measured."""
+    torch.manual_seed(0)
+    x, y, after = torch.randn(256, 12), torch.randn(256, 3), {}
+    T = torch.eye(12) + torch.randn(12, 12).tril(-1) / 2
+    T = T * x.norm() / (x @ T.T).norm()
+    for ridge in (1e-7, 0.0):
+        for mixed in (False, True):
+            model = two_layers()
+            if mixed:
+                model[0].weight.data = torch.linalg.solve(T, model[0].weight.data, left=False)
+            after[ridge, mixed] = learn(model, x @ T.T if mixed else x, y, training.WhitenedAdamW(
+                model, ridge, lr=1e-2), 20)
+    assert after[1e-7, True] == pytest.approx(after[1e-7, False], rel=1e-3)
+    assert after[0.0, True] != pytest.approx(after[0.0, False], rel=1e-3)
+
+
+def test_what_varies_little_is_learned_as_fast_when_steps_are_whitened():
+    torch.manual_seed(0)
+    x = torch.randn(512, 12) * torch.logspace(0, -3, 12) @ torch.linalg.qr(torch.randn(12, 12)).Q
+    y = x @ torch.linalg.pinv(x) @ torch.randn(512, 3)              # linear in x, by all directions
+    last = {}
+    for ridge in (1e-6, 0.0):
+        model = torch.nn.Linear(12, 3)
+        last[ridge] = learn(model, x, y, training.WhitenedAdamW(model, ridge, lr=3e-2), 200)[-1]
+    assert last[1e-6] < 0.1 * last[0.0]
+
+
 @pytest.mark.parametrize("phase", ["phase2", "phase3"])
 def test_two_processes_take_the_same_steps_together(grafted, phase):
     world, out = grafted, f"two {phase}"
-    run = globals()[phase](world, out, processes=2)
+    run = globals()[phase](world, out, "--input_ridge=0.01", processes=2)
     assert run.returncode == 0, run.stderr
     assert not same_files(world / out / "last/graft.safetensors",
                           world / "g1/last/graft.safetensors")
@@ -134,7 +191,7 @@ def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted, monke
     world = grafted
     for out, extra in (("m1", []), ("m2", ["--stop_at=4"]), ("m2", ["--resume"])):
         run = phase3(world, out, "--document_write=True", "--brief_ticks=2", "--full_share=0.5",
-                     *extra)
+                     "--input_ridge=0.01", *extra)
         assert run.returncode == 0, run.stderr
     for name in ("graft.safetensors", "optimizer.safetensors"):
         assert same_files(world / "m1/last" / name, world / "m2/last" / name)
