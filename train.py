@@ -89,7 +89,6 @@ beta1 = 0.9
 beta2 = 0.95
 clip = 1.0                  # norm of the gradient at most
 input_ridge = 0.0           # linear maps learn where what they read is white; 0: as it is
-learn = ""                  # phases 2, 3: only what begins so, as "c_proj", which no key depends on
 other_tick = "any"          # tick loss, beside the most certain tick: "any" by chance, or "best"
 full_share = 1.0            # of steps: they think K ticks; in phase 3 they tell and ask as well
 brief_ticks = 0             # of the others, about every token; 0: K, as thinking_share says
@@ -203,13 +202,7 @@ def build_model() -> NanoCTM:
                              f"block in {ffn}: see `make tiny`, or leave it empty")
         model.backbone.layers[-1].mlp.load_state_dict(block_module(trained).state_dict())
     model.requires_grad_(False)
-    wanted = [p for name, p in block_module(model).float().named_parameters()
-              if name.startswith(learn)]
-    if not wanted:
-        raise ValueError("expected in learn how names of the block's parameters begin, found "
-                         f"{learn!r}: leave it empty to train all of them, or try --learn=c_proj")
-    for p in wanted:
-        p.requires_grad_(True)
+    block_module(model).float().requires_grad_(True)
     return model
 
 
@@ -241,8 +234,7 @@ class WhitenedAdamW(torch.optim.AdamW):
 
     def __init__(self, learner: torch.nn.Module, ridge: float, **settings):
         self.ridge, self.looking = ridge, False
-        self.maps = [m for m in learner.modules() if ridge and isinstance(m, torch.nn.Linear)
-                     and m.weight.requires_grad]
+        self.maps = [m for m in learner.modules() if isinstance(m, torch.nn.Linear) and ridge]
         self.seen: list[list[torch.Tensor]] = [[] for _ in self.maps]
         whitened = [m.weight for m in self.maps]
         others = [p for p in learner.parameters()
