@@ -225,11 +225,11 @@ class WhitenedAdamW(torch.optim.AdamW):
     """AdamW that moves the weight W = A P of a linear map by moving A. P = L^-1 makes what the map
     reads white: L L' = E xx' / (mean of its diagonal) + ridge I.
 
-    What a thought reads of itself varies in few directions, and a step as long in each of them
-    learns next to nothing from all others (LOG.md). This is the inputs' half of K-FAC
-    (arXiv:1503.05671), alone as in FOOF (arXiv:2201.12250), before Adam. E xx' is what was read in
-    the first ten steps and every twentieth, averaged over processes, older ones counting less.
-    These weights do not decay. With ridge 0, AdamW.
+    What the maps of a thought read varies in some directions a hundred times as much as in most,
+    from which a step that is as long in all of them learns little (LOG.md). This is the inputs'
+    half of K-FAC (arXiv:1503.05671), alone as in FOOF (arXiv:2201.12250), before Adam. E xx' is of
+    what was read in the first ten steps and every twentieth, averaged over processes, older steps
+    counting less. These weights do not decay. With ridge 0, AdamW.
     """
 
     def __init__(self, learner: torch.nn.Module, ridge: float, **settings):
