@@ -118,7 +118,7 @@ teacher = False             # phases 2, 3: without a carry, the FFN and the text
 ffn = ""                    # this FFN: a file of --block=ffn; "": the base's own
 locality_weight = 1.0       # KL on text and on people never told of, with and without the memory
 salience_weight = 0.5       # cross-entropy of salience with being a value that may be asked for
-baseline_rate = 0.01        # of the running mean and variance of y_out
+baseline_rate = 0.01        # of the running mean and variance of y_out, at the full lr
 moment_batches = 200        # at the end: two rows and 64 facts each, for what a write protects
 session_rows = 4800         # at the end: of text and mixture, for what a session says of its own
 # machine
@@ -619,13 +619,15 @@ def locality_loss(model: NanoCTM, hidden: torch.Tensor, aid: torch.Tensor) -> to
 
 @torch.no_grad()
 def apply_baseline(model: NanoCTM, report: dict, step: int) -> None:
-    """Move the running means, after the optimizer's step only:
-    y_out and its square per tick, and the surprise of a token."""
+    """Move the running means, after the optimizer's step only: y_out and its square per tick, and
+    the surprise of a token. They follow weights that move, so they slow down as these do: if they
+    went on, weights that are slow by then could not follow them (LOG.md)."""
     surprise = torch.tensor([report.get("nats", float(model.ctm.mean_surprise))],
                             device=report["y_out"].device)
     seen = averaged(torch.cat([report["y_out"].flatten(), surprise]))
     before = int(step * full_share)
-    rate = max(baseline_rate, 1 / (before + 1) if phase == 2 else 0)    # phase 3 has phase 2's
+    rate = max(baseline_rate * learning_rate(step) / lr,
+               1 / (before + 1) if phase == 2 else 0)               # phase 3 has phase 2's
     model.ctm.settle(*seen[:-1].view_as(report["y_out"]), rate)
     model.ctm.mean_surprise.lerp_(seen[-1], rate)
 
@@ -933,6 +935,8 @@ def check_settings() -> None:
     if not 0 <= brief_ticks <= ticks:
         raise ValueError(f"expected brief_ticks of 0 to {ticks}, found {brief_ticks}: no thought "
                          "is longer than ticks")
+    if lr <= 0:
+        raise ValueError(f"expected lr above 0, found {lr}: 3e-3 suits small models")
     for name, all_of_it in (("full_share", "1 makes every step a full one"),
                             ("thinking_share", "1 thinks about every token")):
         if not 0 < globals()[name] <= 1:

@@ -215,11 +215,15 @@ def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted, monke
         assert training.build_model().ctm.log_eta.item() == pytest.approx(eta)
 
 
-@pytest.mark.parametrize("phase, moved", [(2, 1.0), (3, training.baseline_rate)])
-def test_phase_3_goes_on_from_the_baseline_of_phase_2(monkeypatch, phase, moved):
-    monkeypatch.setattr(training, "phase", phase)
+@pytest.mark.parametrize("phase, step, moved",
+                         [(2, 0, 1.0), (2, 10, 1 / 11), (3, 0, 0.01), (3, 10, 0.001)])
+def test_phase_3_goes_on_from_the_baseline_of_phase_2_and_it_slows_as_the_weights_do(
+        monkeypatch, phase, step, moved):
+    for name, value in {"phase": phase, "lr": 0.5, "min_lr": 0.05, "warmup_steps": 0,
+                        "max_steps": 10, "baseline_rate": 0.01}.items():
+        monkeypatch.setattr(training, name, value)
     ctm = CTMBlock(8, ThoughtConfig(ticks=2, sync=16, head_dim=8), 1e-6)
-    training.apply_baseline(SimpleNamespace(ctm=ctm), {"y_out": torch.ones(2, 2, 16)}, step=0)
+    training.apply_baseline(SimpleNamespace(ctm=ctm), {"y_out": torch.ones(2, 2, 16)}, step)
     same(ctm.baseline, torch.full((2, 16), moved))
 
 
@@ -363,7 +367,7 @@ BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Huggi
        ("--phase=3", "--graft=out/tiny_phase2"),
        ("--write_rule=product", "expected write_rule 'sum' or 'solved'"),
        ("--dtype=fp16", "expected dtype 'bfloat16' or 'float32'"),
-       ("--B=0", "expected B of at least 1"),
+       ("--B=0", "expected B of at least 1"), ("--lr=0", "expected lr above 0"),
        ("--brief_ticks=99", "expected brief_ticks of 0 to"),
        ("--full_share=0", "expected full_share above 0 and at most 1"),
        ("--thinking_share=2", "expected thinking_share above 0 and at most 1"),
