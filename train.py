@@ -121,6 +121,8 @@ salience_weight = 0.5       # cross-entropy of salience with being a value that 
 baseline_rate = 0.01        # of the running mean and variance of y_out, at the full lr
 moment_batches = 200        # at the end: two rows and 64 facts each, for what a write protects
 session_rows = 4800         # at the end: of text and mixture, for what a session says of its own
+text_cost = 0.0             # at the end: of its nats, what text is to pay for a hundred facts, by
+                            # eta; 0: eta stays as it was learned
 # machine
 device = ""                 # "" picks cuda when there is one
 dtype = "bfloat16"          # on a GPU, of matrix products; "float32": for models that are fp32
@@ -730,6 +732,27 @@ def settle_length(model: NanoCTM, mixture: data.Mixture, device: str, batches: i
         x.div_(middle)
 
 
+@torch.no_grad()
+def settle_strength(model: NanoCTM, mixture: data.Mixture, device: str) -> None:
+    """eta anew: as loud as text bears. A hundred people of training, told in sessions of ten and
+    written by the living rule, then cost training's text `text_cost` of its nats. W_m is linear in
+    eta, and what it costs nearly quadratic."""
+    world = data.FactWorld(3000, "train")
+    told = weights_told(model, mixture.tokenizer, world, world.facts(100))
+    rank, processes = this_process()                                # each measures its share
+    rows = text_rows(mixture, 64)[rank::processes].to(device)
+
+    def nats(plastic: torch.Tensor | None) -> torch.Tensor:
+        return averaged(torch.cat([model(r, plastic=plastic).nats[:, :-1]
+                                   for r in rows.split(B)]).mean())
+
+    before, louder = nats(None), torch.ones((), device=device)
+    for _ in range(4):                                              # each halves the error, or more
+        cost = (nats(louder * told) / before - 1).clamp(min=text_cost / 4)
+        louder *= (text_cost / cost).sqrt()
+    model.ctm.log_eta.add_(louder.log())
+
+
 # -----------------------------------------------------------------------------
 # evaluation
 
@@ -737,12 +760,8 @@ def settle_length(model: NanoCTM, mixture: data.Mixture, device: str, batches: i
 def evaluate(model: NanoCTM, mixture: data.Mixture, device: str) -> dict[str, float]:
     """Held-out text nats at the tick read, and by free generation, of held-out people: recall with
     2 and 8 facts in the prompt, "I do not know" of what none of 8 tells, recall from weights."""
-    size, start = mixture.T, range(0, len(mixture.text) - mixture.T,
-                                   max(mixture.T, len(mixture.text) // eval_rows))
-    rows = torch.stack([torch.from_numpy(mixture.text[i:i + size].astype("int64"))
-                        for i in start[:eval_rows]])
     nats = torch.cat([model(r.to(device)).nats[:, :-1].flatten()
-                      for r in rows.split(B)]).mean().item()
+                      for r in text_rows(mixture, eval_rows).split(B)]).mean().item()
     found = {"val": nats}
     for name, n, untold in (("recall_2", 2, False), ("recall_8", 8, False), ("untold_8", 8, True)):
         prompts, facts = data.context_questions(
@@ -761,19 +780,31 @@ def evaluate(model: NanoCTM, mixture: data.Mixture, device: str) -> dict[str, fl
     return found
 
 
-def recall_from_weights(model: NanoCTM, words: data.Tokenizer, n_facts: int,
-                        per_session: int = 10) -> float:
-    """Held-out people told once in sessions, written by the living rule,
-    asked in other words in a fresh context."""
-    world = data.FactWorld(2000 + n_facts, "held_out")
-    facts = world.facts(n_facts)
+def text_rows(mixture: data.Mixture, n: int) -> torch.Tensor:
+    """(n, T) windows of its text, evenly spread; fewer of a text that is shorter."""
+    start = range(0, len(mixture.text) - mixture.T, max(mixture.T, len(mixture.text) // n))
+    return torch.stack([torch.from_numpy(mixture.text[i:i + mixture.T].astype("int64"))
+                        for i in start[:n]])
+
+
+def weights_told(model: NanoCTM, words: data.Tokenizer, world: data.FactWorld,
+                 facts: list[data.Fact], per_session: int = 10) -> torch.Tensor:
+    """W_m (D, F) after these facts, told once in sessions and written by the living rule."""
     sessions = [words.encode("".join(p.text for p in world.told(facts[at:at + per_session])))
-                for at in range(0, n_facts, per_session)]
+                for at in range(0, len(facts), per_session)]
     tokens = torch.from_numpy(data.padded(sessions, -1)).to(model.ctm.start_z.device)
     plastic = compact_sessions(model.ctm, read_session(model, tokens, chunk)[1])
+    return plastic.weight.float().to(tokens.device)
+
+
+def recall_from_weights(model: NanoCTM, words: data.Tokenizer, n_facts: int) -> float:
+    """Held-out people, asked about in other words in a fresh context."""
+    world = data.FactWorld(2000 + n_facts, "held_out")
+    facts = world.facts(n_facts)
+    plastic = weights_told(model, words, world, facts)
     asked = world.rng.sample(facts, min(n_facts, eval_questions))
     said = replies(model, words, [data.user_turn(world.ask(f, held_out=True)) for f in asked],
-                   plastic=plastic.weight.float().to(tokens.device))
+                   plastic=plastic)
     return sum(map(data.is_recalled, said, asked)) / len(asked)
 
 
@@ -937,6 +968,8 @@ def check_settings() -> None:
                          "is longer than ticks")
     if lr <= 0:
         raise ValueError(f"expected lr above 0, found {lr}: 3e-3 suits small models")
+    if not 0 <= text_cost < 1:
+        raise ValueError(f"expected text_cost of 0 to below 1, found {text_cost}: 0.0035 is a share")
     for name, all_of_it in (("full_share", "1 makes every step a full one"),
                             ("thinking_share", "1 thinks about every token")):
         if not 0 < globals()[name] <= 1:
@@ -1012,6 +1045,8 @@ def after_step(model: NanoCTM, mixture: data.Mixture, report: dict, step: int, d
         settle_length(model, mixture, device)
         settle_session(model, mixture, device)
         model.ctm.read_along(expand)
+        if text_cost:
+            settle_strength(model, mixture, device)
 
 
 def main() -> None:

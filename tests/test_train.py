@@ -191,7 +191,7 @@ def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted, monke
     world = grafted
     for out, extra in (("m1", []), ("m2", ["--stop_at=4"]), ("m2", ["--resume"])):
         run = phase3(world, out, "--document_write=True", "--brief_ticks=2", "--full_share=0.5",
-                     "--input_ridge=0.01", *extra)
+                     "--text_cost=0.01", "--input_ridge=0.01", *extra)
         assert run.returncode == 0, run.stderr
     for name in ("graft.safetensors", "optimizer.safetensors"):
         assert same_files(world / "m1/last" / name, world / "m2/last" / name)
@@ -263,6 +263,22 @@ def test_life_writes_as_long_as_training_did_in_the_middle(model):
     assert (error @ model.ctm.engram.T).norm(dim=1).median() == pytest.approx(1, rel=1e-4)
 
 
+def test_eta_is_as_loud_as_text_bears(sessions, monkeypatch):
+    """From a memory that would cost too little, and from one that would cost too much."""
+    model, mixture = sessions
+    monkeypatch.setattr(training, "text_cost", 0.03)
+    rows = training.text_rows(mixture, 64)
+    told = torch.randn(model.ctm.c_proj.weight.shape[0], model.ctm.features(
+        torch.zeros(1, model.ctm.config.sync)).shape[-1], generator=torch.Generator().manual_seed(0))
+    for size in (1.0, 3.0):
+        monkeypatch.setattr(training, "weights_told", lambda *_: size * told)
+        before = model.ctm.log_eta.clone()
+        training.settle_strength(model, mixture, "cpu")
+        louder = (model.ctm.log_eta - before).exp() * size
+        alone, aided = (model(rows, plastic=w).nats[:, :-1].mean() for w in (None, louder * told))
+        assert aided / alone - 1 == pytest.approx(0.03, rel=0.05)
+
+
 @pytest.fixture
 def sessions(monkeypatch):
     """A model that is unsure of all it says; a mixture whose rows have five words each."""
@@ -273,7 +289,7 @@ def sessions(monkeypatch):
         return (np.stack([chance.choice(chance.integers(97, size=5), 64) for _ in range(n)]),)
     for name, value in (("T", 64), ("chunk", 8)):
         monkeypatch.setattr(training, name, value)
-    return model, SimpleNamespace(text=rows(400)[0].flatten(), batch=rows)
+    return model, SimpleNamespace(text=rows(400)[0].flatten(), batch=rows, T=64, tokenizer=None)
 
 
 def test_what_a_session_was_made_of_is_expected_of_what_is_to_come(sessions, monkeypatch):
@@ -368,6 +384,7 @@ BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Huggi
        ("--write_rule=product", "expected write_rule 'sum' or 'solved'"),
        ("--dtype=fp16", "expected dtype 'bfloat16' or 'float32'"),
        ("--B=0", "expected B of at least 1"), ("--lr=0", "expected lr above 0"),
+       ("--text_cost=-1", "expected text_cost of 0 to below 1"),
        ("--brief_ticks=99", "expected brief_ticks of 0 to"),
        ("--full_share=0", "expected full_share above 0 and at most 1"),
        ("--thinking_share=2", "expected thinking_share above 0 and at most 1"),
