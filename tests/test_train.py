@@ -279,6 +279,21 @@ def test_eta_is_as_loud_as_text_bears(sessions, monkeypatch):
         assert aided / alone - 1 == pytest.approx(0.03, rel=0.05)
 
 
+@pytest.mark.parametrize("step, cost, settled", [
+    (7, 0.01, ["measure_moments", "settle_length", "settle_session", "settle_strength"]),
+    (7, 0.0, ["measure_moments", "settle_length", "settle_session"]), (6, 0.01, [])])
+def test_the_last_step_settles_what_the_memory_needs_and_eta_if_asked_to(monkeypatch, step, cost,
+                                                                         settled):
+    called = []
+    for name, value in {"phase": 3, "max_steps": 8, "text_cost": cost}.items():
+        monkeypatch.setattr(training, name, value)
+    for name in ("measure_moments", "settle_length", "settle_session", "settle_strength"):
+        monkeypatch.setattr(training, name, lambda *_, name=name: called.append(name))
+    ctm = SimpleNamespace(read_along=lambda expand: None)
+    training.after_step(SimpleNamespace(ctm=ctm), None, {}, step, "cpu", 0)
+    assert called == settled
+
+
 @pytest.fixture
 def sessions(monkeypatch):
     """A model that is unsure of all it says; a mixture whose rows have five words each."""
