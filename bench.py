@@ -427,10 +427,6 @@ def batches(items: list, size: int) -> list[list]:
     return [items[at:at + size] for at in range(0, len(items), size)]
 
 
-def session_text(world: data.FactWorld, facts: list[data.Fact]) -> str:
-    return "".join(piece.text for piece in world.told(facts))
-
-
 class Sample:
     """One seed's people, what they are told to be, and the model that was told:
     the same for every arm."""
@@ -438,8 +434,7 @@ class Sample:
     def __init__(self, seed: int):
         self.seed, self.mind, self.world = seed, Mind(), data.FactWorld(seed, "held_out")
         self.facts = self.world.population(100)
-        self.texts = {n: [session_text(self.world, part) for part in batches(self.facts, n)]
-                      for n in (1, 10)}
+        self.texts = {n: self.world.texts(self.facts, n) for n in (1, 10)}
         self.windows = HeldOut(self.mind.words).windows(seed)
         self.ordinary = OrdinaryText(self.mind.model, self.windows[:8])
         self.left = self.mind.told(self.texts[10])
@@ -594,8 +589,8 @@ def neighbour_figures(s: Sample) -> dict:
     are told after them."""
     mind, world = s.mind, s.world
     facts = world.population(110, [sorted(data.RELATIONS)[s.seed % len(data.RELATIONS)]])
-    left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
-    ones = mind.factors([session_text(world, part[:1]) for part in batches(facts, 10)])
+    left = mind.factors(world.texts(facts))
+    ones = mind.factors(world.texts(facts[::10], 1))
     after = {"0": lambda j: [], "1": lambda j: [ones[j + 1]], "10": lambda j: [left[j + 1]],
              "100": lambda j: left[:j] + left[j + 1:]}
     known = {n: mind.recall(world, facts[:100],
@@ -611,8 +606,8 @@ def order_figures(s: Sample) -> dict:
     parts = batches(facts, 10)
     first = mind.recall(world, facts, [mind.write(left[j:] + left[:j]) for j in range(10)])
     changed = [world.another_value(f) for f in facts]
-    anew = mind.factors([session_text(world, part) for part in batches(changed, 10)])
-    again = mind.factors([session_text(world, part) for _ in range(2) for part in parts])
+    anew = mind.factors(world.texts(changed))
+    again = mind.factors(world.texts(facts * 2))
     asked = [world.ask(f, held_out=True) for f in facts]
     denied = mind.write(
         mind.factors([data.user_turn(" ".join(map(data.denial, part))) for part in parts]))
@@ -644,7 +639,7 @@ def capacity_figures(s: Sample) -> dict:
     mind, world, S = s.mind, s.world, s.mind.ctm.config.sync
     sizes = sorted({min(n, most_facts(world)) for n in (S // 8, S // 4, S // 2, S, 2 * S, 4 * S)})
     facts, found = world.population(sizes[-1]), {}
-    left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
+    left = mind.factors(world.texts(facts))
     for n in sizes:
         some = world.rng.sample(facts[:n], min(n, 100))
         found[f"capacity_{n}"] = mind.recall(world, some, mind.write(left[:-(-n // 10)]))
@@ -681,7 +676,7 @@ def arm_figures(s: Sample) -> dict:
         found[f"random_{n}_text_nats"] = nats(noise)
     lies = deranged(world, facts)
     for n in (1, 10, 100):
-        lied = mind.factors([session_text(world, part) for part in batches(lies, min(n, 10))])
+        lied = mind.factors(world.texts(lies, min(n, 10)))
         groups = [lied] if n == 100 else [[f] for f in lied]
         found[f"deranged_{n}"] = mind.recall(world, facts, list(map(mind.write, groups)))
     return found
@@ -1211,7 +1206,7 @@ def crowded_figures(s: Sample) -> dict:
     recall of a hundred facts, lost and won by what is taken away, and ordinary text."""
     mind, world = s.mind, s.world
     facts = world.population(most_facts(world))
-    left = mind.factors([session_text(world, part) for part in batches(facts, 10)])
+    left = mind.factors(world.texts(facts))
     some = world.rng.sample(facts, 100)
     asked = [world.ask(f, held_out=True) for f in some]
 
@@ -1257,8 +1252,7 @@ def ingredients(told: list[Factors]) -> list[tuple[str, WriteRule, list[Factors]
 def other_rules(s: Sample):
     """-> names, and memories of the same hundred facts, otherwise written."""
     told, kept = s.factors, WriteRule(near=math.inf)
-    again = s.mind.factors([session_text(s.world, part) for _ in range(2)
-                            for part in batches(s.facts, 10)])
+    again = s.mind.factors(s.world.texts(s.facts * 2))
     gated = [torch.where(f.keys.abs() > f.keys.abs().median(1, keepdim=True).values, f.keys, 0.0)
              for f in told]
     for name, rule, factors in (
@@ -1419,11 +1413,11 @@ def hop_figures(s: Sample, people: int = 8, groups: int = 12) -> dict:
         wanted = [data.Fact(n, second, world.rng.choice(list(world.values[second])))
                   for n in names]
         both = [f for pair in zip(known, wanted) for f in pair]
-        told["together"].append([session_text(world, both)])
-        told["apart"].append([session_text(world, known), session_text(world, wanted)])
+        told["together"].append(world.texts(both, len(both)))
+        told["apart"].append(world.texts([*known, *wanted], people))
         no = data.user_turn(" ".join(map(data.denial, wanted)))
-        told["denied_together"].append([session_text(world, wanted) + no])
-        told["denied_apart"].append([session_text(world, wanted), no])
+        told["denied_together"].append([text + no for text in world.texts(wanted, people)])
+        told["denied_apart"].append([*world.texts(wanted, people), no])
         asked += [data.RELATIONS[second].questions[0].format(n=DESCRIBED[first].format(v=f.value))
                   for f in known]
         named += [data.RELATIONS[second].questions[0].format(n=f.name) for f in wanted]
@@ -1679,7 +1673,7 @@ class Fire:
     def __init__(self, folder: Path, sessions: int = 8):
         self.mind, self.folder, world = Mind(), folder, data.FactWorld(0, "held_out")
         self.told = self.mind.told(
-            [session_text(world, world.facts(1 + i % 3)) for i in range(sessions)])
+            [text for i in range(sessions) for text in world.texts(world.facts(1 + i % 3))])
         self.text = OrdinaryText(self.mind.model, self.mind.ctm.ordinary[:1, :8])
 
     def open(self, name: str, **settings) -> Store:
@@ -1935,8 +1929,8 @@ def prices(fire: Fire, sessions: int = 1000) -> dict:
             torch.randn(f.keys.shape, generator=chance), dim=1))
     with Store(fire.folder / "ten", fire.mind.model) as store:
         store.text  # thought about once, before the first commit
-        spent = [timed(lambda: store.commit(*told))
-            for told in fire.mind.told([session_text(world, world.facts(10)) for _ in range(5)])]
+        texts = [text for _ in range(5) for text in world.texts(world.facts(10))]
+        spent = [timed(lambda: store.commit(*told)) for told in fire.mind.told(texts)]
         size = sum(len(blob) for name, blob in files(store.folder).items()
                    if name.startswith(("sessions", "snapshots"))) / len(spent)
     with fire.open("many") as store:  # all at once: a thousand manifests would take their time

@@ -452,6 +452,11 @@ class FactWorld:
         n_turns = self.rng.randint(1, min(3, len(facts)))
         return [piece for i in range(n_turns) for piece in self.turn(facts[i::n_turns])]
 
+    def texts(self, facts: list[Fact], per_session: int = 10) -> list[str]:
+        """The facts in turn, as the texts of sessions that tell so many each."""
+        return ["".join(piece.text for piece in self.told(facts[at:at + per_session]))
+                for at in range(0, len(facts), per_session)]
+
     def turn(self, facts: list[Fact], weight: float = 0.0) -> list[Piece]:
         """One user turn that tells the facts, and what the assistant says to it; nothing for no
         facts."""

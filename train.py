@@ -788,10 +788,9 @@ def text_rows(mixture: data.Mixture, n: int) -> torch.Tensor:
 
 
 def weights_told(model: NanoCTM, words: data.Tokenizer, world: data.FactWorld,
-                 facts: list[data.Fact], per_session: int = 10) -> torch.Tensor:
-    """W_m (D, F) after these facts, told once in sessions and written by the living rule."""
-    sessions = [words.encode("".join(p.text for p in world.told(facts[at:at + per_session])))
-                for at in range(0, len(facts), per_session)]
+                 facts: list[data.Fact]) -> torch.Tensor:
+    """W_m (D, F) after these facts, told once in sessions of ten and written by the living rule."""
+    sessions = [words.encode(text) for text in world.texts(facts)]
     tokens = torch.from_numpy(data.padded(sessions, -1)).to(model.ctm.start_z.device)
     plastic = compact_sessions(model.ctm, read_session(model, tokens, chunk)[1])
     return plastic.weight.float().to(tokens.device)

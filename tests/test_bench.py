@@ -81,13 +81,11 @@ def test_a_random_write_and_deranged_facts_recall_nothing_where_the_write_recall
     """Invariant 10, on the shipped weights: 20 held-out people, chance is below one in ten."""
     mind, world = bench.Mind(), bench.data.FactWorld(11, "held_out")
     facts = world.population(20)
-    def told(these: list) -> list:
-        return mind.factors([bench.session_text(world, part) for part in bench.batches(these, 10)])
-    written = mind.write(told(facts))
+    written = mind.write(mind.factors(world.texts(facts)))
     noise = torch.randn(written.weight.shape, generator=torch.Generator().manual_seed(0),
                         dtype=torch.float64)
     random = bench.Plastic(noise * written.weight.norm() / noise.norm())
-    lies = mind.write(told(bench.deranged(world, facts)))
+    lies = mind.write(mind.factors(world.texts(bench.deranged(world, facts))))
     assert mind.recall(world, facts, written) >= 0.6
     assert max(mind.recall(world, facts, other) for other in (None, random, lies)) <= 0.1
 
@@ -96,8 +94,7 @@ def test_who_has_the_same_relation_is_not_taken_for_the_same_person_told_anew():
     """Sixty of one relation, told once: hardly a key is superseded, whoever is told otherwise is."""
     mind, world = bench.Mind(), bench.data.FactWorld(2, "held_out")
     facts = world.population(60, ["home"])
-    told, anew = (mind.factors([bench.session_text(world, part)
-                                for part in bench.batches(people, 10)])
+    told, anew = (mind.factors(world.texts(people))
                   for people in (facts, [world.another_value(f) for f in facts]))
 
     def share_gone(sessions: list) -> float:
