@@ -107,6 +107,8 @@ carry_facts = 24            # on carrying steps, all tokens think; the rest told
 crowd_facts = 64            # beside them, a session or more, known and told without gradients
 episode_weight = 0.5        # of all that episodes teach, beside the mixture
 through_write = True        # learn through the write; False is the control
+keep_due = 0.0              # above 0, c_proj learns alone, without episodes, and pays so much for
+                            # the squared change of what it says where a value is due
 write_strength = 20.0       # eta at the start: |g E|^2 eta / |h| should be several nats
 write_rule = "solved"       # memory of factors in training: "sum", or "solved" by ridge regression
 write_ridge = 1e-3          # of the solved rule
@@ -204,7 +206,12 @@ def build_model() -> NanoCTM:
                              f"block in {ffn}: see `make tiny`, or leave it empty")
         model.backbone.layers[-1].mlp.load_state_dict(block_module(trained).state_dict())
     model.requires_grad_(False)
-    block_module(model).float().requires_grad_(True)
+    learning = block_module(model).float()
+    if keep_due:
+        before = model.ctm.c_proj.weight.detach().clone()
+        model.ctm.register_buffer("c_proj_before", before, persistent=False)
+        learning = model.ctm.c_proj
+    learning.requires_grad_(True)
     return model
 
 
@@ -236,7 +243,8 @@ class WhitenedAdamW(torch.optim.AdamW):
 
     def __init__(self, learner: torch.nn.Module, ridge: float, **settings):
         self.ridge, self.looking = ridge, False
-        self.maps = [m for m in learner.modules() if isinstance(m, torch.nn.Linear) and ridge]
+        self.maps = [m for m in learner.modules()
+                     if isinstance(m, torch.nn.Linear) and m.weight.requires_grad and ridge]
         self.seen: list[list[torch.Tensor]] = [[] for _ in self.maps]
         whitened = [m.weight for m in self.maps]
         others = [p for p in learner.parameters()
@@ -432,7 +440,17 @@ def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, crowd: data.E
         extra, more = episode_loss(
             model, told, crowd, (lived.hidden[lived.real], lived.key[lived.real]), carrying)
         loss, report = loss + episode_weight * extra, report | more
+    if keep_due:
+        loss = loss + keep_due * change_where_due(model.ctm)
     return loss, report
+
+
+def change_where_due(ctm: CTMBlock) -> torch.Tensor:
+    """Mean square of what c_proj says otherwise than before at a key where a value is due: as
+    elastic weight consolidation (arXiv:1612.00796) holds what a task needs, so that what the memory
+    has to outvote stays as sure as it was."""
+    change = ctm.c_proj.weight - ctm.c_proj_before
+    return ctm.config.sync * (change @ ctm.due_moment * change).sum()
 
 
 def all_lived(thoughts: list[Thought]) -> Lived:
@@ -967,6 +985,10 @@ def check_settings() -> None:
                          "is longer than ticks")
     if lr <= 0:
         raise ValueError(f"expected lr above 0, found {lr}: 3e-3 suits small models")
+    if keep_due < 0 or keep_due and (phase != 3 or through_write):
+        raise ValueError("expected keep_due of 0, or above in phase 3 without --through_write, "
+                         f"found {keep_due} in phase {phase} with through_write {through_write}: "
+                         "set --through_write=False")
     if not 0 <= text_cost < 1:
         raise ValueError(f"expected text_cost of 0 to below 1, found {text_cost}: 0.0035 is a share")
     for name, all_of_it in (("full_share", "1 makes every step a full one"),

@@ -370,6 +370,24 @@ def test_the_control_of_phase_3_never_trains_through_the_write(grafted):
     assert not torch.equal(before["synapse.down.0.weight"], after["synapse.down.0.weight"])
 
 
+def test_a_read_out_that_learns_alone_says_what_it_did_where_a_value_is_due(grafted):
+    """Of the block c_proj moves, and what is measured at the end: no key does."""
+    world, changes = grafted, {}
+    for weight in (1e-6, 1.0):
+        run = phase3(world, f"kept{weight}", "--through_write=False", f"--keep_due={weight}",
+                     "--input_ridge=0.01", "--baseline_rate=0", "--lr=0.1", "--clip=1e9")
+        assert run.returncode == 0, run.stderr
+        before, after = (load_graft(f"{world}/whole/last", world / f"{run}/last/graft.safetensors")
+                         .ctm for run in ("g1", f"kept{weight}"))
+        moved = {name for name, x in before.named_parameters()
+                 if not torch.equal(x, after.get_parameter(name))}
+        assert moved == {"c_proj.weight", "engram", "log_eta"}      # the last two: settled
+        assert torch.equal(before.baseline, after.baseline)
+        after.c_proj_before = before.c_proj.weight
+        changes[weight] = training.change_where_due(after).item()
+    assert 0 < changes[1.0] < changes[1e-6] / 4
+
+
 def test_the_control_trains_the_layers_own_ffn_and_may_teach_the_block(grafted):
     world, taught = grafted, "--ffn={}/ffn/last/graft.safetensors".format(grafted)
     for out, extra in (("ffn", ["--block=ffn", "--lr=0.1"]), ("t1", ["--teacher", taught]),
@@ -399,6 +417,7 @@ BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Huggi
        ("--write_rule=product", "expected write_rule 'sum' or 'solved'"),
        ("--dtype=fp16", "expected dtype 'bfloat16' or 'float32'"),
        ("--B=0", "expected B of at least 1"), ("--lr=0", "expected lr above 0"),
+       ("--keep_due=1", "expected keep_due of 0, or above in phase 3 without --through_write"),
        ("--text_cost=-1", "expected text_cost of 0 to below 1"),
        ("--brief_ticks=99", "expected brief_ticks of 0 to"),
        ("--full_share=0", "expected full_share above 0 and at most 1"),
