@@ -392,7 +392,7 @@ def test_a_read_out_that_learns_alone_says_what_it_did_where_a_value_is_due(graf
 def test_a_read_out_that_learns_alone_learns_from_text(monkeypatch):
     """Not from sessions; what is measured at the end still is of both, with the same people."""
     words = data.Tokenizer(str(ROOT / "weights"))
-    text = np.array(words.encode(topics["pass"] * 2), "uint16")
+    text = np.array(words.encode(topics["pass"] * 9), "uint16")
     mixture = data.Mixture(words, text, 128, 0.0, 0.15, 1)
     monkeypatch.setattr(training, "keep_said", 1e-3)
     learned = training.Material(mixture, 0)[0][0]
