@@ -108,8 +108,9 @@ carry_facts = 24            # on carrying steps, all tokens think; the rest told
 crowd_facts = 64            # beside them, a session or more, known and told without gradients
 episode_weight = 0.5        # of all that episodes teach, beside the mixture
 through_write = True        # learn through the write; False is the control
-keep_said = 0.0             # above 0: c_proj learns alone, and from text alone; so much for each
-                            # squared change of what it says in answers and where a value is due
+keep_due = 0.0              # above 0: c_proj learns alone, and from text alone; so much for each
+                            # squared change of what it says where a value is due
+keep_before = 0.4           # and at the end so much of the c_proj that was there before is kept
 write_strength = 20.0       # eta at the start: |g E|^2 eta / |h| should be several nats
 write_rule = "solved"       # memory of factors in training: "sum", or "solved" by ridge regression
 write_ridge = 1e-3          # of the solved rule
@@ -208,7 +209,11 @@ def build_model() -> NanoCTM:
         model.backbone.layers[-1].mlp.load_state_dict(block_module(trained).state_dict())
     model.requires_grad_(False)
     learning = block_module(model).float()
-    (model.ctm.c_proj if keep_said else learning).requires_grad_(True)
+    if keep_due:
+        before = model.ctm.c_proj.weight.detach().clone()
+        model.ctm.register_buffer("c_proj_before", before, persistent=False)
+        learning = model.ctm.c_proj
+    learning.requires_grad_(True)
     return model
 
 
@@ -433,36 +438,21 @@ def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, crowd: data.E
     lived = all_lived(thoughts)
     if carrying:
         report["key"] = lived.key[lived.real].detach()              # whole rows: ordinary reading
-    if through_write and not keep_said and share_of_steps(full_share, step):
+    if through_write and not keep_due and share_of_steps(full_share, step):
         extra, more = episode_loss(
             model, told, crowd, (lived.hidden[lived.real], lived.key[lived.real]), carrying)
         loss, report = loss + episode_weight * extra, report | more
-    if keep_said:
-        loss = loss + keep_said * change_of_said(model.ctm)
+    if keep_due:
+        loss = loss + keep_due * change_where_due(model.ctm)
     return loss, report
 
 
-@torch.no_grad()
-def hold(model: NanoCTM, mixture: data.Mixture, device: str, batches: int = 16) -> None:
-    """Note what a read-out that learns alone is to leave as it is: c_proj, and the second moment
-    of keys, as unit vectors, where it answers and where a value is due, half and half."""
-    ctm, chats = model.ctm, copy.copy(mixture)
-    chats.text_share, keys = 0.0, []
-    for i in range(batches):                                        # the same in every process
-        tokens, weight, _ = tensors(chats.batch(B, max_steps, i), device)
-        keys.append(model(tokens).key[weight > 0])
-    keys = torch.cat(keys)
-    ctm.register_buffer("c_proj_before", ctm.c_proj.weight.detach().clone(), persistent=False)
-    ctm.register_buffer("held", (keys.T @ keys / keys.shape[1] / len(keys) + ctm.due_moment) / 2,
-                        persistent=False)
-
-
-def change_of_said(ctm: CTMBlock) -> torch.Tensor:
-    """Mean square of what c_proj says otherwise than before at the keys of `hold`. As elastic
-    weight consolidation (arXiv:1612.00796) holds what an earlier task needs, so that what the
-    memory has to outvote stays as sure, and words of answers are spelt, as they were."""
+def change_where_due(ctm: CTMBlock) -> torch.Tensor:
+    """Mean square of what c_proj says otherwise than before at a key where a value is due. As
+    elastic weight consolidation (arXiv:1612.00796) holds what an earlier task needs, so that what
+    the memory has to outvote stays as sure as it was."""
     change = ctm.c_proj.weight - ctm.c_proj_before
-    return ctm.config.sync * (change @ ctm.held * change).sum()
+    return ctm.config.sync * (change @ ctm.due_moment * change).sum()
 
 
 def all_lived(thoughts: list[Thought]) -> Lived:
@@ -995,10 +985,12 @@ def check_settings() -> None:
     if not 0 <= brief_ticks <= ticks:
         raise ValueError(f"expected brief_ticks of 0 to {ticks}, found {brief_ticks}: no thought "
                          "is longer than ticks")
+    if not 0 <= keep_before < 1:
+        raise ValueError(f"expected keep_before of 0 to below 1, found {keep_before}: it is a share")
     if lr <= 0:
         raise ValueError(f"expected lr above 0, found {lr}: 3e-3 suits small models")
-    if keep_said < 0 or keep_said and phase != 3:
-        raise ValueError(f"expected keep_said of 0, or above in phase 3, found {keep_said} in phase "
+    if keep_due < 0 or keep_due and phase != 3:
+        raise ValueError(f"expected keep_due of 0, or above in phase 3, found {keep_due} in phase "
                          f"{phase}: only after phase 3 is there something to keep")
     if not 0 <= text_cost < 1:
         raise ValueError(f"expected text_cost of 0 to below 1, found {text_cost}: 0.0035 is a share")
@@ -1025,8 +1017,6 @@ def prepare(device: str) -> tuple[NanoCTM, data.Mixture, data.Mixture, str]:
         windows = [train_text[i * (len(train_text) // 4):][:model.ctm.ordinary.shape[1]]
                    .astype("int64") for i in range(4)]
         model.ctm.ordinary.copy_(torch.from_numpy(np.stack(windows)))
-    if keep_said:
-        hold(model, mixture, device)
     model.checkpoint_ticks = checkpoint_ticks
     if compile and model.ctm:
         model.ctm.think = torch.compile(model.ctm.think, dynamic=True)
@@ -1039,7 +1029,7 @@ class Material(torch.utils.data.Dataset):
 
     def __init__(self, mixture: data.Mixture, rank: int):
         self.mixture, self.rank = copy.copy(mixture), rank
-        if keep_said:
+        if keep_due:
             self.mixture.text_share = 1.0
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, ...]:
@@ -1070,15 +1060,19 @@ def after_step(model: NanoCTM, mixture: data.Mixture, report: dict, step: int, d
                earlier: float) -> None:
     """What moves without a gradient, after the optimizer's step only; earlier: how often the
     moments had been moved when the run began."""
-    if "y_out" in report and not keep_said:                          # or keys would move
+    if "y_out" in report and not keep_due:                          # or keys would move
         apply_baseline(model, report, step)
     if "key" in report:
         apply_moment(model.ctm.key_moment, report["key"], int(step * carry_share) + earlier)
     if "due" in report:
         apply_moment(model.ctm.due_moment, report["due"], int(step * full_share) + earlier)
     if phase == 3 and step + 1 == max_steps:
-        measure_moments(model, mixture, device)
-        settle_length(model, mixture, device)
+        if keep_due:                                                # no key has moved
+            with torch.no_grad():
+                model.ctm.c_proj.weight.lerp_(model.ctm.c_proj_before, keep_before)
+        else:
+            measure_moments(model, mixture, device)
+            settle_length(model, mixture, device)
         settle_session(model, mixture, device)
         model.ctm.read_along(expand)
         if text_cost:
