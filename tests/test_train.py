@@ -381,7 +381,7 @@ def test_a_read_out_that_learns_alone_says_what_it_did_where_a_value_is_due(graf
                          .ctm for run in ("g1", f"kept{weight}"))
         moved = {name for name, x in before.named_parameters()
                  if not torch.equal(x, after.get_parameter(name))}
-        assert moved == {"c_proj.weight"}
+        assert moved == {"c_proj.weight", "log_eta"}                # of phase 2: its strength begins
         for name in ("baseline", "key_moment", "due_moment"):
             assert torch.equal(before.get_buffer(name), after.get_buffer(name)), name
         assert "value_nats" not in (world / f"kept{weight}/log.jsonl").read_text()  # no episodes
