@@ -1062,7 +1062,7 @@ def after_step(model: NanoCTM, mixture: data.Mixture, report: dict, step: int, d
     moments had been moved when the run began."""
     if "y_out" in report and not keep_due:                          # or keys would move
         apply_baseline(model, report, step)
-    if "key" in report:
+    if "key" in report and not keep_due:                            # or what writes go around
         apply_moment(model.ctm.key_moment, report["key"], int(step * carry_share) + earlier)
     if "due" in report:
         apply_moment(model.ctm.due_moment, report["due"], int(step * full_share) + earlier)
