@@ -245,8 +245,10 @@ def cpu_seconds(work, times: int = 3) -> float:
 def quality() -> dict:
     words = data.Tokenizer(tokenizer)
     held_out = HeldOut(words)
-    models = {"backbone": load_backbone(base), "ffn_same_tokens": load_graft(base, Path(control)),
-              "graft": load_graft(base, Path(graft)), "thinking": load_graft(base, Path(thinking)),
+    models = {"backbone": load_backbone(base),
+              "ffn_same_tokens": load_graft(base, Path(control), "ffn"),
+              "graft": load_graft(base, Path(graft), "ctm"),
+              "thinking": load_graft(base, Path(thinking), "ctm"),
               "ffn_deleted": load_backbone(base, block="none")}
     for model in models.values():
         model.eval().requires_grad_(False)
@@ -374,7 +376,7 @@ class Mind:
 
     def __init__(self, name: str = "", **settings):
         """settings: of SessionMemory."""
-        self.model = load_graft(base, Path(name or graft)).eval().requires_grad_(False)
+        self.model = load_graft(base, Path(name or graft), "ctm").eval().requires_grad_(False)
         self.words, self.ctm, self.settings = data.Tokenizer(tokenizer), self.model.ctm, settings
         self.flops = flops_per_token(self.model.backbone.config, self.ctm.config, T)
 
@@ -1973,7 +1975,7 @@ def endurance() -> dict:
 def report_of(run: Path) -> dict:
     """How a training came about, what it took, and its last held-out figures."""
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return log[0]["run"] | {"minutes": round(log[-1]["minutes"], 1),
+    return log[0]["run"] | {"minutes": round([e for e in log if "minutes" in e][-1]["minutes"], 1),
                             "figures": [e for e in log if "val" in e][-1]}
 
 

@@ -10,6 +10,7 @@ nesting, environment variables, running code in config files.
 """
 import ast
 import difflib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,20 @@ def commit() -> str:
     here = Path(__file__).parent
     return subprocess.run(["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True,
                           text=True).stdout.strip() or "unknown"
+
+
+def read_json(path: Path, *needed: str) -> dict:
+    """What a JSON file says. ValueError with one line when it is damaged, or lacks a needed key."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:                                         # no JSON, or no UTF-8
+        raise ValueError(f"{path}: expected JSON, found a damaged file ({e}): make or download it "
+                         "again") from None
+    missing = [k for k in needed if not isinstance(found, dict) or k not in found]
+    if missing:
+        raise ValueError(f"{path}: expected {', '.join(needed)}, found no {missing[0]}: make or "
+                         "download it again")
+    return found
 
 
 def configure(settings: dict, argv: list[str] | None = None) -> dict:

@@ -57,6 +57,9 @@ class Tokenizer:
             self._encode = lambda text: self._core.encode(text, allowed_special="all")
             self._decode, self.n_vocab = self._core.decode, self._core.n_vocab
             ids = {s: self._core.encode_single_token(s) for s in SPECIALS}
+        elif Path(name).parts[:1] in ((), ("out",), ("..",), ("/",)):
+            raise ValueError(f"expected a tokenizer in {name!r}, found no ranks.json there: make "
+                             f"one with `python data.py --train_vocab=2048 --tokenizer={name}`")
         else:
             from transformers import AutoTokenizer  # slow to import, and only Qwen needs it
             try:
@@ -70,6 +73,14 @@ class Tokenizer:
             self._decode, self.n_vocab = self._core.decode, len(self._core)
             ids = {s: self._core.convert_tokens_to_ids(s) for s in SPECIALS}
         self.eot, self.im_start, self.im_end = (ids[s] for s in SPECIALS)
+
+    def insist_on(self, n_vocab: int) -> None:
+        """ValueError unless a model of so many words can be its own: a Hugging Face model may have
+        more than its tokenizer, one of ours has as many."""
+        if self.n_vocab > n_vocab or self.n_vocab < n_vocab and isinstance(self._core,
+                                                                         tiktoken.Encoding):
+            raise ValueError(f"expected a tokenizer of {n_vocab} words, found {self.n_vocab} in "
+                             f"{self.name}: use the one that belongs to the model")
 
     def encode(self, text: str) -> list[int]:
         return self._encode(text)
@@ -110,7 +121,7 @@ def train_tokenizer(text: str, n_vocab: int, folder: Path) -> "Tokenizer":
 
 
 def _tiktoken_from(path: Path) -> tiktoken.Encoding:
-    ranks = {bytes.fromhex(h): i for i, h in enumerate(json.loads(path.read_text()))}
+    ranks = {bytes.fromhex(h): i for i, h in enumerate(configurator.read_json(path))}
     return tiktoken.Encoding("nanoctm", pat_str=SPLIT, mergeable_ranks=ranks,
                              special_tokens={s: len(ranks) + i for i, s in enumerate(SPECIALS)})
 
@@ -597,13 +608,14 @@ def write_tokens(source: str, tokenizer: Tokenizer, folder: Path, text_key: str 
     makes it complete.
 
     Every document ends with the end-of-text token. One piece in ten, chosen by its own hash, is
-    held out.
+    held out. What the folder held before stays until all of `source` is read.
     """
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)
+    splits = [folder / f"{split}.bin" for split in ("train", "val")]
+    fresh = [path.with_suffix(".new") for path in splits]
     count, digest = {"train": 0, "val": 0}, hashlib.sha256()
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+    with open(fresh[0], "wb") as train, open(fresh[1], "wb") as val:
         for i, doc in enumerate(tqdm(documents(source, text_key), desc=f"tokenize {source}",
                                      unit=" docs", disable=None)):
             if limit and i == limit:
@@ -617,6 +629,9 @@ def write_tokens(source: str, tokenizer: Tokenizer, folder: Path, text_key: str 
     meta = {"source": source, "tokenizer": tokenizer.name, "n_vocab": tokenizer.n_vocab,
             "dtype": np.dtype(dtype).name,
             "tokens": count, "text_sha256": digest.hexdigest()}
+    (folder / "meta.json").unlink(missing_ok=True)
+    for whole, path in zip(fresh, splits):
+        whole.replace(path)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     return meta
 
@@ -627,7 +642,7 @@ def open_tokens(folder: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray, dic
     if not (folder / "meta.json").exists():
         raise ValueError(f"expected a token file, found none in {folder}: run "
                          f"`python data.py --source=FILE --tokenizer=NAME --out={folder}` first")
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = configurator.read_json(folder / "meta.json", "n_vocab", "dtype", "tokens", "text_sha256")
     if meta["n_vocab"] != n_vocab:
         raise ValueError(f"{folder}: expected tokens of a {n_vocab}-word vocabulary, found "
                          f"{meta['n_vocab']}: tokenize the "
@@ -635,6 +650,12 @@ def open_tokens(folder: Path, n_vocab: int) -> tuple[np.ndarray, np.ndarray, dic
     if not all(meta["tokens"].values()):
         raise ValueError(f"{folder}: expected training and held-out text, found {meta['tokens']} "
                          "tokens: give a longer text")
+    for split, n in meta["tokens"].items():
+        path = folder / f"{split}.bin"
+        size = path.stat().st_size if path.is_file() else 0
+        if size != n * np.dtype(meta["dtype"]).itemsize:
+            raise ValueError(f"{path}: expected {n} tokens, found {size} bytes: tokenize the text "
+                             "again")
     return *(np.memmap(folder / f"{split}.bin", meta["dtype"], "r")
              for split in ("train", "val")), meta
 
@@ -834,8 +855,11 @@ limit = 0                               # documents to read at most; 0: all
 if __name__ == "__main__":
     configurator.configure(globals())
     try:
+        if train_vocab and tokenizer == "weights":
+            raise ValueError("expected --tokenizer with --train_vocab, found none: name a folder, "
+                             "such as out/tokenizer (weights/ is what the shipped model reads)")
         if train_vocab:
             train_tiny_tokenizer(train_vocab, Path(tokenizer))
         print(json.dumps(write_tokens(source, Tokenizer(tokenizer), Path(out), text_key, limit)))
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         configurator.stop(str(problem))

@@ -830,20 +830,30 @@ class Store:
         return self.entries[at], self.factors[at], self._now.anew[at]
 
     def export(self, file: str | Path) -> int:
-        """Write all living sessions into one safetensors file; -> how many."""
+        """Write all living sessions into one safetensors file; -> how many. What the file held
+        before stays until the new one is whole."""
+        file = Path(file)
+        if file.resolve().is_relative_to(self.folder.resolve()) or not file.parent.is_dir():
+            raise ValueError(f"expected a file to export to, in a folder that exists and outside "
+                             f"{self.folder}, found {file}: name another")
         tensors = {}
         for i, (entry, factors) in enumerate(zip(self.entries, self.factors)):
             for name, part in (("factors", factors), ("snapshot", self._read(Snapshot, entry))):
                 tensors |= {f"{i}.{name}.{k}": v.contiguous() for k, v in part._asdict().items()}
         about = {"format": str(FORMAT), "base": self.base, "sessions": json.dumps(self.entries)}
-        _write_durably(Path(file), to_bytes(tensors, about))
+        fresh = file.with_name(f"{file.name}.new")
+        try:
+            _write_durably(fresh, to_bytes(tensors, about))
+            fresh.replace(file)
+        finally:
+            fresh.unlink(missing_ok=True)
         return len(self.entries)
 
     def import_from(self, file: str | Path) -> int:
         """Add the sessions of an exported file, after those that are here, as what was told last;
         -> how many were new. All or nothing."""
         tensors, about = read_tensors(Path(file))
-        if (not about.get("format", "").isdigit() or int(about["format"]) > FORMAT
+        if (not about.get("format", "").isdecimal() or int(about["format"]) > FORMAT
                 or "sessions" not in about):
             raise ValueError(f"{file}: expected an exported memory of format {FORMAT}, found "
                              f"{about.get('format')!r}: export it with this version, or update")

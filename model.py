@@ -33,6 +33,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from configurator import read_json
+
 
 # -----------------------------------------------------------------------------
 # the backbone: Qwen3, keyed like the Hugging Face checkpoint
@@ -55,7 +57,7 @@ class BackboneConfig:
     def from_json(cls, folder: Path) -> "BackboneConfig":
         """Read a Hugging Face `config.json`; RoPE's base may stand at its top or inside
         `rope_parameters`."""
-        raw = json.loads((folder / "config.json").read_text())
+        raw = read_json(folder / "config.json")
         if raw.get("model_type") != "qwen3" or not raw.get("tie_word_embeddings", False):
             raise ValueError(f"{folder}: expected a qwen3 checkpoint with a tied head, found "
                              f"model_type {raw.get('model_type')!r}, tie_word_embeddings "
@@ -1107,14 +1109,14 @@ def _download(name: str) -> Path:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """-> tensors by name, metadata. One line on a missing or damaged file."""
     if not path.is_file():
-        raise ValueError(f"expected weights at {path}, found none: check the path, or train them "
-                         "first (see README)")
+        raise ValueError(f"expected a safetensors file at {path}, found none: check the path; "
+                         "README says how weights are trained")
     try:
         with safe_open(path, "pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
     except SafetensorError as e:
         raise ValueError(f"{path}: expected a whole safetensors file, found a damaged one ({e}): "
-                         "download or train it again") from None
+                         "download, train or export it again") from None
 
 
 def _put(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
@@ -1177,14 +1179,21 @@ def save_graft(model: NanoCTM, path: Path, **notes: str) -> None:
     save_file(tensors, path, about)
 
 
-def load_graft(base: str, path: Path) -> NanoCTM:
+def load_graft(base: str, path: Path, block: str = "") -> NanoCTM:
     """A backbone with a saved graft (or a saved FFN) in its last layer; ValueError when they do not
-    belong together."""
+    belong together, or when it is not the `block` that the caller needs."""
     tensors, about = read_tensors(Path(path))
     if not {"block", "thought", "backbone"} <= about.keys():
         raise ValueError(f"{path}: expected a graft of this project, found other weights: "
                          f"run `python train.py config/tiny_phase2.py` first")
-    thought = ThoughtConfig(**json.loads(about["thought"])) if about["block"] == "ctm" else None
+    if block and about["block"] != block:
+        raise ValueError(f"{path}: expected a {block} block, found a {about['block']} block: name "
+                         "another file")
+    try:
+        thought = ThoughtConfig(**json.loads(about["thought"])) if about["block"] == "ctm" else None
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{path}: expected a thought of this version, found another ({e}): use "
+                         "the version that wrote it, or train it again") from None
     model = load_backbone(base, thought=thought, block=about["block"])
     if (found := backbone_hash(model)) != about["backbone"]:
         raise ValueError(f"{path}: expected the base it was trained on ({about['backbone']}), "

@@ -68,15 +68,17 @@ class Speaker:
         self.cache: Cache | None = None
         self.last: list[Spoken] = []                                # the last answer
 
-    def say(self, tokens: list[int], stop: int, own: int = 0) -> int:
-        """Print what follows `tokens` as it comes; -> the last token, which was only said, never
-        read."""
+    def say(self, tokens: list[int], stop: int, own: int = 0, opening: str = "") -> int:
+        """Print, after `opening`, what follows `tokens` as it comes; -> the last token, which was
+        only said, never read."""
         said, shown, self.last = [], "", []
         self.heard += tokens
         plastic = self.store.plastic() if self.store else None
         for last in generate(self.model, torch.tensor([tokens], device=self.device),
                              max_new_tokens, temperature, top_k, stop, halt or None,
                              plastic, self.chance, self.cache, self.session, own):
+            if not said:                                            # what can't be said is not begun
+                print(opening, end="\n" if show == "ticks" else "", flush=True)
             said.append(int(last.token))
             self.cache, self.last = last.cache, [*self.last, last._replace(cache=None)]
             if show == "ticks":
@@ -137,14 +139,18 @@ def converse(speaker: Speaker) -> None:
                 nearest = speaker.store.nearest(
                     about(speaker.model, torch.tensor(turn, device=speaker.device)))
                 speaker.session.start(nearest)
-            print("model:", end="\n" if show == "ticks" else " ", flush=True)
-            last = speaker.say(left_over + turn, words.im_end, own=min(1, len(left_over)))
+            last = speaker.say(left_over + turn, words.im_end, own=min(1, len(left_over)),
+                               opening="model:" if show == "ticks" else "model: ")
             left_over = (([last] if last == words.im_end else [last, words.im_end])
                          + words.encode("\n"))
     except KeyboardInterrupt:
         print()
-    except (OSError, UnicodeDecodeError):  # the other end went away: what was said still counts
-        speaker.remember()
+    except (OSError, UnicodeDecodeError) as problem:  # the other end went away
+        speaker.remember()                                          # what was said still counts
+        if isinstance(problem, UnicodeDecodeError):
+            raise ValueError("expected UTF-8 on standard input, found byte "
+                             f"{problem.object[problem.start]:#04x}: the conversation ends before "
+                             "it") from None
         raise
     speaker.remember()
 
@@ -257,10 +263,7 @@ def main() -> None:
     words = data.Tokenizer(tokenizer)
     model = (load_graft(base, Path(graft)) if graft
              else load_backbone(base)).to(where).eval().requires_grad_(False)
-    if words.n_vocab > model.backbone.config.vocab_size:
-        raise ValueError(f"expected a tokenizer of at most {model.backbone.config.vocab_size} "
-                         f"words, found {words.n_vocab} in {tokenizer}: use the one that belongs "
-                         f"to {base}")
+    words.insist_on(model.backbone.config.vocab_size)
     if model.ctm is None and (memory != "off" or housekeeping):
         raise ValueError("expected a graft with a CTM block for --memory, found none: name one "
                          "with --graft")
@@ -272,11 +275,11 @@ def main() -> None:
     speaker = Speaker(model, words, None)
     if chat:
         return converse(speaker)
-    print(start, end="\n" if show == "ticks" else "", flush=True)
-    speaker.say(words.encode(start), words.eot)
+    speaker.say(words.encode(start), words.eot, opening=start)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")                        # a terminal may lack a letter
     try:
         main()
     except (ValueError, OSError) as problem:

@@ -108,8 +108,8 @@ carry_facts = 24            # on carrying steps, all tokens think; the rest told
 crowd_facts = 64            # beside them, a session or more, known and told without gradients
 episode_weight = 0.5        # of all that episodes teach, beside the mixture
 through_write = True        # learn through the write; False is the control
-keep_due = 0.0              # above 0: c_proj learns alone, and from text alone; so much for each
-                            # squared change of what it says where a value is due
+keep_due = 0.0              # above 0: c_proj learns alone, and from rows of text and small talk
+                            # alone; so much for each squared change where a value is due
 keep_before = 0.4           # and at the end so much of the c_proj that was there before is kept
 write_strength = 20.0       # eta at the start: |g E|^2 eta / |h| should be several nats
 write_rule = "solved"       # memory of factors in training: "sum", or "solved" by ridge regression
@@ -195,26 +195,30 @@ def build_model() -> NanoCTM:
         raise ValueError("phase 3 expected graft, found none: run "
                          "`python train.py config/tiny_phase2.py` first, then set "
                          "--graft=out/tiny_phase2/last/graft.safetensors")
-    model = (load_graft(base, Path(graft)) if phase == 3
+    model = (load_graft(base, Path(graft), "ctm") if phase == 3
              else load_backbone(base, thought=thought_config(), block=block))
     if phase == 3:
+        if keep_due and not was_writable(model):
+            raise ValueError(f"expected with keep_due a graft that phase 3 taught, found {graft}, "
+                             "which it did not: nothing is due there yet")
         if not was_writable(model):
             model.ctm.log_eta.data.fill_(math.log(write_strength))
         model.ctm.read_along(train_expand)
     if ffn:
-        trained = load_graft(base, Path(ffn))
-        if trained.block != "ffn":
-            raise ValueError(f"expected in ffn what --block=ffn trained, found a {trained.block} "
-                             f"block in {ffn}: see `make tiny`, or leave it empty")
+        trained = load_graft(base, Path(ffn), "ffn")
         model.backbone.layers[-1].mlp.load_state_dict(block_module(trained).state_dict())
-    model.requires_grad_(False)
-    learning = block_module(model).float()
+    block_module(model).float()
+    freeze(model)
     if keep_due:
         before = model.ctm.c_proj.weight.detach().clone()
         model.ctm.register_buffer("c_proj_before", before, persistent=False)
-        learning = model.ctm.c_proj
-    learning.requires_grad_(True)
     return model
+
+
+def freeze(model: NanoCTM) -> None:
+    """All but what learns in phases 2 and 3."""
+    model.requires_grad_(False)
+    (model.ctm.c_proj if keep_due else block_module(model)).requires_grad_(True)
 
 
 def was_writable(model: NanoCTM) -> bool:
@@ -845,6 +849,8 @@ def save(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, state: 
                for k, v in s.items()}
     if model.ctm:                                                   # when, differs between runs
         moments |= {f"whitened.{i}": m for i, m in enumerate(model.ctm.whitened)}
+    if keep_due:                                                    # graft may be out_dir's own
+        moments["c_proj_before"] = model.ctm.c_proj_before
     save_file(moments, fresh / "optimizer.safetensors")
     (fresh / "state.json").write_text(json.dumps(state, indent=1))
     old = folder.with_suffix(".old")
@@ -867,10 +873,13 @@ def keep(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, state: 
 def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, config: dict) -> dict:
     """Load weights, moments and position from a checkpoint of the same run.
     ValueError in one line otherwise."""
+    for interrupted in (".new", ".old"):                            # a crash within save's swap
+        if not folder.exists() and (folder.with_suffix(interrupted) / "state.json").exists():
+            folder = folder.with_suffix(interrupted)
     if not (folder / "state.json").exists():
         raise ValueError(f"--resume expected a checkpoint in {folder}, found none: "
                          "start without --resume first")
-    state = json.loads((folder / "state.json").read_text())
+    state = configurator.read_json(folder / "state.json", "step", "best", "processes", "config")
     if state["processes"] != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(f"--resume expected {state['processes']} processes as before, "
                          f"found {os.environ.get('WORLD_SIZE', 1)}: start as many, "
@@ -892,6 +901,8 @@ def restore(model: NanoCTM, optimizer: torch.optim.Optimizer, folder: Path, conf
             raise ValueError(f"--resume expected the moments of whitened keys in {folder}, found "
                              "none: an earlier version wrote it; start without --resume")
         model.ctm.whiten(whitened)
+    if keep_due:
+        model.ctm.c_proj_before.copy_(moments.pop("c_proj_before"))
     for name, value in moments.items():
         i, _, key = name.partition(".")
         own["state"].setdefault(int(i), {})[key] = value
@@ -917,8 +928,7 @@ def report_needs() -> None:
                         block="ffn" if phase == 1 else block)
     b, c, grafted = model.backbone.config, thought_config(), model.ctm is not None
     if phase > 1:
-        model.requires_grad_(False)
-        block_module(model).requires_grad_(True)
+        freeze(model)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     flops, thinking = flops_per_token(b, c, T), thinking_share if grafted else 1.0
@@ -979,9 +989,18 @@ def check_settings() -> None:
                              f"found {globals()[name]!r}: choose one of the two")
     for name in ("B", "T", "accumulation", "ticks", "history", "log_interval", "eval_interval",
                  "eval_rows", "eval_questions", "crowd_facts", "chunk", "cut_contexts",
-                 "session_rows"):
+                 "session_rows", "carry_rows", "moment_batches"):
         if globals()[name] < 1:
             raise ValueError(f"expected {name} of at least 1, found {globals()[name]}: raise it")
+    for name in ("max_steps", "stop_at", "imitation_steps", "expand", "train_expand"):
+        if globals()[name] < 0:
+            raise ValueError(f"expected {name} of at least 0, found {globals()[name]}: raise it")
+    for name in ("carry_share", "cut_share", "inherited_share", "text_share", "told_share"):
+        if not 0 <= globals()[name] <= 1:
+            raise ValueError(f"expected {name} of 0 to 1, found {globals()[name]}: it is a share")
+    if num_key_value_heads < 1 or num_attention_heads % num_key_value_heads:
+        raise ValueError("expected num_attention_heads to be a multiple of num_key_value_heads, "
+                         f"found {num_attention_heads} and {num_key_value_heads}: change one")
     if not 0 <= brief_ticks <= ticks:
         raise ValueError(f"expected brief_ticks of 0 to {ticks}, found {brief_ticks}: no thought "
                          "is longer than ticks")
@@ -1009,10 +1028,7 @@ def prepare(device: str) -> tuple[NanoCTM, data.Mixture, data.Mixture, str]:
     mixture, held_out = (data.Mixture(words, t, T, text_share, told_share, seed, split, curriculum)
                          for t, split in ((train_text, "train"), (val_text, "held_out")))
     model = build_model().to(device)
-    if words.n_vocab > model.backbone.config.vocab_size:
-        raise ValueError("expected a tokenizer of at most "
-                         f"{model.backbone.config.vocab_size} words, found {words.n_vocab}: "
-                         f"use the tokenizer that belongs to {base or 'vocab_size'}")
+    words.insist_on(model.backbone.config.vocab_size)
     if model.ctm:                                                   # text to judge living writes by
         windows = [train_text[i * (len(train_text) // 4):][:model.ctm.ordinary.shape[1]]
                    .astype("int64") for i in range(4)]
@@ -1081,9 +1097,9 @@ def after_step(model: NanoCTM, mixture: data.Mixture, report: dict, step: int, d
 
 def main() -> None:
     config = configurator.configure(globals())
+    check_settings()
     if dry_run:
         return report_needs()
-    check_settings()
     where = choose_device(device)
     start_processes(where)
     rank, world = this_process()

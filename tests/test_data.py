@@ -208,6 +208,25 @@ def test_text_and_json_lines_become_the_same_kind_of_token_file(tmp_path, words)
         data.open_tokens(tmp_path / "short", words.n_vocab)
     with pytest.raises(ValueError, match="found 2048: tokenize the text again"):
         data.open_tokens(tmp_path / "out", 100)
+    held = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    (tmp_path / "bad.txt").write_bytes(b"some words. " * 100_000 + b"\xff")
+    with pytest.raises(ValueError, match="expected UTF-8"):         # what was there stays whole
+        data.write_tokens(str(tmp_path / "bad.txt"), words, tmp_path / "out")
+    assert held.items() <= {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}.items()
+    for name, left, said in (("train.bin", held["train.bin"][:-8], "expected .* tokens, found"),
+                             ("meta.json", b"{", "expected JSON, found a damaged file"),
+                             ("meta.json", b"{}", "found no n_vocab")):
+        (tmp_path / "out" / name).write_bytes(left)
+        with pytest.raises(ValueError, match=said):
+            data.open_tokens(tmp_path / "out", words.n_vocab)
+        (tmp_path / "out" / name).write_bytes(held[name])
+
+
+def test_a_tokenizer_fits_a_model_of_as_many_words(words):
+    words.insist_on(words.n_vocab)
+    for n_vocab in (words.n_vocab - 1, words.n_vocab + 1):
+        with pytest.raises(ValueError, match="use the one that belongs to the model"):
+            words.insist_on(n_vocab)
 
 
 def test_large_vocabularies_are_written_as_uint32(tmp_path):

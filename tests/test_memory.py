@@ -1,6 +1,7 @@
 """The memory: what a session carries, what it writes, and a store that says exactly what it knows.
 Invariants 2, 3, 5, 7, 8, 11."""
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -570,7 +571,11 @@ def test_foreign_stores_and_folders_are_refused(small, tmp_path):
         Store(tmp_path / "a", small)
 
 
-def test_sessions_travel_by_export_and_import(small, tmp_path):
+def full_disk(handle: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_sessions_travel_by_export_and_import(small, tmp_path, monkeypatch):
     with (Store(tmp_path / "a", small, max_drift=math.inf) as a,
           Store(tmp_path / "b", small, max_drift=math.inf) as b):
         ids = [commit(a, seed)["id"] for seed in (1, 2)]
@@ -579,6 +584,15 @@ def test_sessions_travel_by_export_and_import(small, tmp_path):
         assert b.import_from(tmp_path / "all.safetensors") == 1     # one was known
         assert torch.equal(a.plastic(), b.plastic()) and [e["id"] for e in b.entries] == ids
         before = everything(tmp_path / "b")
+        whole = (tmp_path / "all.safetensors").read_bytes()
+        for bad in (tmp_path / "a" / "manifest.json", tmp_path / "none" / "all.safetensors"):
+            with pytest.raises(ValueError, match="outside"):
+                a.export(bad)
+        with monkeypatch.context() as m, pytest.raises(OSError):
+            m.setattr(os, "fsync", full_disk)
+            a.export(tmp_path / "all.safetensors")
+        assert (tmp_path / "all.safetensors").read_bytes() == whole
+        assert not (tmp_path / "all.safetensors.new").exists()
         damaged = (tmp_path / "all.safetensors").read_bytes()[:-200]
         (tmp_path / "damaged.safetensors").write_bytes(damaged)
         with pytest.raises(ValueError, match="whole safetensors file"):

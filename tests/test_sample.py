@@ -1,5 +1,6 @@
 """The commands that people type first, on the shipped weights."""
 import json
+import os
 import re
 import signal
 import subprocess
@@ -119,6 +120,27 @@ def test_a_session_is_written_when_it_is_interrupted(tmp_path):
     assert "1 session(s)" in sample(f"--memory_dir={tmp_path}/m", "--sessions").stdout
 
 
+def test_a_letter_that_the_terminal_lacks_loses_no_session(tmp_path):
+    run = subprocess.run([sys.executable, "sample.py", "--memory=on", f"--memory_dir={tmp_path}/m",
+                          "--start=Marvas keeps a trout.", "--temperature=30"], cwd=ROOT,
+                         capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 0 and b"(kept " in run.stdout and b"?" in run.stdout, run.stderr
+
+
+def test_a_byte_that_is_no_utf_8_ends_the_session_and_what_was_said_before_counts(tmp_path):
+    run = subprocess.Popen([sys.executable, "-u", "sample.py", "--memory=on",
+                            f"--memory_dir={tmp_path}/m"], cwd=ROOT, stdin=subprocess.PIPE,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
+    run.stdin.write(b"Marvas keeps a trout.\n")
+    run.stdin.flush()
+    while not run.stdout.readline().startswith(b"model:"):
+        pass
+    out, err = run.communicate(b"\xff\n", timeout=60)
+    assert b"(kept " in out and run.returncode == 1
+    assert err.count(b"error:") == 1 and b"expected UTF-8 on standard input, found byte 0xff" in err
+
+
 def test_sessions_are_listed_shown_exported_imported_and_forgotten(told, tmp_path):
     listing = sample(f"--memory_dir={told}", "--sessions").stdout
     ids = re.findall(r"^([0-9a-f]{12})", listing, re.M)
@@ -152,7 +174,7 @@ def test_bad_memory_input_ends_with_one_line(options, said):
 
 @pytest.mark.parametrize("options, status, said", [
     ([], 1, "expected something to say"), (["--start=" + "word " * 600], 1, "shorten the prompt"),
-    (["--start=a", "--graft=none.safetensors"], 1, "expected weights at"),
+    (["--start=a", "--graft=none.safetensors"], 1, "expected a safetensors file at"),
     (["--start=a", "--base=no/such/model/at/all"], 1,
      "expected a Qwen3 folder or a reachable Hugging Face name"),
     (["--start=a", "--temprature=1"], 2, "did you mean 'temperature'?"),

@@ -371,23 +371,37 @@ def test_the_control_of_phase_3_never_trains_through_the_write(grafted):
 
 
 def test_a_read_out_that_learns_alone_says_what_it_did_where_a_value_is_due(grafted):
-    """Nothing that a key or a write is made of moves; what a session says is measured anew."""
+    """Nothing that a key or a write is made of moves; what a session says is measured anew. Going
+    on in the folder of the graft itself changes nothing."""
     world, changes = grafted, {}
-    for weight in (1e-6, 1.0):
-        run = phase3(world, f"kept{weight}", f"--keep_due={weight}", "--input_ridge=0.01",
-                     "--lr=0.1", "--clip=1e9")
+    for out in ("told", "own"):
+        run = phase3(world, out, "--max_steps=1")
         assert run.returncode == 0, run.stderr
-        before, after = (load_graft(f"{world}/whole/last", world / f"{run}/last/graft.safetensors")
-                         .ctm for run in ("g1", f"kept{weight}"))
+    told = load_graft(f"{world}/whole/last", world / "told/last/graft.safetensors")
+
+    def alone(out: str, graft: str, weight: float, *extra: str) -> CTMBlock:
+        run = phase3(world, out, f"--graft={world}/{graft}/last/graft.safetensors",
+                     f"--keep_due={weight}", "--input_ridge=0.01", "--lr=0.1", "--clip=1e9", "--max_steps=24",
+                     *extra)
+        assert run.returncode == 0, run.stderr
+        return load_graft(f"{world}/whole/last", world / f"{out}/last/graft.safetensors").ctm
+
+    alone("own", "own", 1.0, "--stop_at=4")
+    resumed = alone("own", "own", 1.0, "--resume")
+    for weight in (1e-6, 1.0):
+        before, after = told.ctm, alone(f"kept{weight}", "told", weight)
         moved = {name for name, x in before.named_parameters()
                  if not torch.equal(x, after.get_parameter(name))}
-        assert moved == {"c_proj.weight", "log_eta"}                # of phase 2: its strength begins
+        assert moved == {"c_proj.weight"}
         for name in ("baseline", "key_moment", "due_moment"):
             assert torch.equal(before.get_buffer(name), after.get_buffer(name)), name
         assert "value_nats" not in (world / f"kept{weight}/log.jsonl").read_text()  # no episodes
         after.c_proj_before = before.c_proj.weight
         changes[weight] = training.change_where_due(after).item()
     assert 0 < changes[1.0] < changes[1e-6] / 4
+    assert torch.equal(resumed.c_proj.weight, after.c_proj.weight)
+    run = phase3(world, "untold", "--keep_due=1e-3")
+    assert run.returncode == 1 and "a graft that phase 3 taught" in run.stderr
 
 
 def test_a_read_out_that_learns_alone_learns_from_text(monkeypatch):
@@ -413,7 +427,21 @@ def test_the_control_trains_the_layers_own_ffn_and_may_teach_the_block(grafted):
              for out in ("t2", "own")]
     assert alike == [True, False]
     run = phase2(world, "no ffn", f"--ffn={world}/g1/last/graft.safetensors")
-    assert run.returncode == 1 and "expected in ffn what --block=ffn trained" in run.stderr
+    assert run.returncode == 1 and "expected a ffn block, found a ctm block" in run.stderr
+    run = phase3(world, "no ctm", f"--graft={world}/ffn/last/graft.safetensors")
+    assert run.returncode == 1 and "expected a ctm block, found a ffn block" in run.stderr
+
+
+def test_a_crash_within_the_swap_of_a_checkpoint_leaves_one_to_go_on_from(grafted):
+    """Between save's two renames there is no `last`: the new one goes on, or else the old one."""
+    world = grafted
+    for left in (".old", ".new"):
+        out = f"swap{left}"
+        assert phase2(world, out, "--stop_at=4").returncode == 0
+        (world / out / "last").rename((world / out / "last").with_suffix(left))
+        run = phase2(world, out, "--resume")
+        assert run.returncode == 0, run.stderr
+        assert same_files(world / "g1/last/graft.safetensors", world / out / "last/graft.safetensors")
 
 
 BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Hugging Face name"),
@@ -436,7 +464,12 @@ BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Huggi
        ("--full_share=0", "expected full_share above 0 and at most 1"),
        ("--thinking_share=2", "expected thinking_share above 0 and at most 1"),
        ("--teacher=True --block=ffn", "expected teacher and ffn only where"),
-       ("--ffn=nowhere", "expected weights at nowhere"),
+       ("--ffn=nowhere", "expected a safetensors file at nowhere"),
+       ("--tokenizer=out/none", "python data.py --train_vocab=2048 --tokenizer=out/none"),
+       ("--dry_run --ticks=0", "expected ticks of at least 1"),
+       ("--expand=-1", "expected expand of at least 0"),
+       ("--carry_share=2", "expected carry_share of 0 to 1"),
+       ("--num_key_value_heads=3", "to be a multiple of num_key_value_heads"),
        ("--device=gpu", "expected device cpu")]
 
 
