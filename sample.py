@@ -77,7 +77,7 @@ class Speaker:
         for last in generate(self.model, torch.tensor([tokens], device=self.device),
                              max_new_tokens, temperature, top_k, stop, halt or None,
                              plastic, self.chance, self.cache, self.session, own):
-            if not said:                                            # what can't be said is not begun
+            if not said:                                            # or an error stands beside it
                 print(opening, end="\n" if show == "ticks" else "", flush=True)
             said.append(int(last.token))
             self.cache, self.last = last.cache, [*self.last, last._replace(cache=None)]

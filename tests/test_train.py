@@ -381,8 +381,8 @@ def test_a_read_out_that_learns_alone_says_what_it_did_where_a_value_is_due(graf
 
     def alone(out: str, graft: str, weight: float, *extra: str) -> CTMBlock:
         run = phase3(world, out, f"--graft={world}/{graft}/last/graft.safetensors",
-                     f"--keep_due={weight}", "--input_ridge=0.01", "--lr=0.1", "--clip=1e9", "--max_steps=24",
-                     *extra)
+                     f"--keep_due={weight}", "--input_ridge=0.01", "--lr=0.1", "--clip=1e9",
+                     "--max_steps=24", *extra)
         assert run.returncode == 0, run.stderr
         return load_graft(f"{world}/whole/last", world / f"{out}/last/graft.safetensors").ctm
 
@@ -441,7 +441,7 @@ def test_a_crash_within_the_swap_of_a_checkpoint_leaves_one_to_go_on_from(grafte
         (world / out / "last").rename((world / out / "last").with_suffix(left))
         run = phase2(world, out, "--resume")
         assert run.returncode == 0, run.stderr
-        assert same_files(world / "g1/last/graft.safetensors", world / out / "last/graft.safetensors")
+        assert same_files(*(world / of / "last/graft.safetensors" for of in ("g1", out)))
 
 
 BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Hugging Face name"),
