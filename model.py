@@ -33,8 +33,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from configurator import read_json
-
 
 # -----------------------------------------------------------------------------
 # the backbone: Qwen3, keyed like the Hugging Face checkpoint
@@ -57,7 +55,11 @@ class BackboneConfig:
     def from_json(cls, folder: Path) -> "BackboneConfig":
         """Read a Hugging Face `config.json`; RoPE's base may stand at its top or inside
         `rope_parameters`."""
-        raw = read_json(folder / "config.json")
+        try:
+            raw = json.loads((folder / "config.json").read_text())
+        except ValueError as e:
+            raise ValueError(f"{folder}: expected JSON in config.json, found a damaged file ({e}): "
+                             "download it again") from None
         if raw.get("model_type") != "qwen3" or not raw.get("tie_word_embeddings", False):
             raise ValueError(f"{folder}: expected a qwen3 checkpoint with a tied head, found "
                              f"model_type {raw.get('model_type')!r}, tie_word_embeddings "

@@ -198,10 +198,10 @@ def build_model() -> NanoCTM:
     model = (load_graft(base, Path(graft), "ctm") if phase == 3
              else load_backbone(base, thought=thought_config(), block=block))
     if phase == 3:
-        if keep_due and not was_writable(model):
-            raise ValueError(f"expected with keep_due a graft that phase 3 taught, found {graft}, "
-                             "which it did not: nothing is due there yet")
         if not was_writable(model):
+            if keep_due:
+                raise ValueError("expected with keep_due a graft that phase 3 taught, found "
+                                 f"{graft}, which it did not: nothing is due there yet")
             model.ctm.log_eta.data.fill_(math.log(write_strength))
         model.ctm.read_along(train_expand)
     if ffn:

@@ -183,5 +183,6 @@ def test_bad_memory_input_ends_with_one_line(options, said):
     (["--start=a", "--show=everything"], 1, "expected --show=ticks")])
 def test_bad_input_ends_with_one_line(options, status, said):
     run = sample(*options)
+    assert run.stdout == ""                                         # nor is an answer begun
     assert (run.returncode == status and said in run.stderr and run.stderr.count("error:") == 1
             and "Traceback" not in run.stderr)
