@@ -47,7 +47,8 @@ import configurator
 import data
 from memory import (Carry, Factors, OrdinaryText, Plastic, SessionMemory, Snapshot, Store,
                     WriteRule, about, bearings, compact_memory, compact_sessions, dopamine, engrams,
-                    norm_ratio, output_change, read_session, salience, salience_logit, superseded)
+                    norm_ratio, output_change, read_session, salience, salience_logit, superseded,
+                    whitened)
 from model import (BackboneConfig, Cache, CTMBlock, NanoCTM, ThoughtConfig, Thought, block_module,
                    flops_per_token, load_backbone, load_graft, mean_and_square,
                    read_tensors, replies, save_backbone, save_graft, successors)
@@ -767,14 +768,14 @@ MODELS = {1: 10, 10: 3, 100: 1}             # of N facts each, where a model is 
 
 
 def write_flops(mind: Mind, factors: list[Factors], tokens: int) -> int:
-    """Reading the sessions once; then per factor 2 S^2 each for its bearings and its features, 4 F
-    D for W, and for P phi 4 F for each factor before it; and 4 S^3 once for what text shares. The
-    triangular solves within a session, n (F + D) per factor, are left out: n is a hundredth of F;
-    Fourier transforms, a tenth of a feature's products, too."""
+    """Reading the sessions once; then per factor 2 S^2 to whiten it, 2 F D for W, and for each
+    factor before it 4 F for P phi and 2 D for what was said there; and 4 S^3 once for what text
+    shares. The triangular solves within a session, n (F + D) per factor, are left out: n is a
+    hundredth of F; Fourier transforms, a tenth of a feature's products, too."""
     S, (D, width) = mind.ctm.config.sync, Plastic.blank(mind.ctm).weight.shape
     n, f = sum(len(f.keys) for f in factors), mind.flops
     return (tokens * (f["trunk"] + f["block"] + f["head"]) + 4 * S ** 3
-            + n * (4 * S * S + 4 * width * D) + 2 * width * n * n)
+            + n * (2 * S * S + 2 * width * D) + (2 * width + D) * n * n)
 
 
 # -- ordinary text, the carry, the warm start, the price
@@ -833,9 +834,10 @@ def write_cost(mind: Mind, texts: list[str]) -> dict:
             def writing() -> None:
                 nonlocal plastic
                 factors = read_session(mind.model, tokens)[1][0]
-                pointing.append(bearings(mind.ctm, factors))
+                seen = whitened(mind.ctm, factors)
+                pointing.append(bearings(seen))
                 superseded(pointing, WriteRule().near, len(pointing) - 1)           # its time
-                plastic = compact_memory(mind.ctm, plastic, factors)
+                plastic = compact_memory(mind.ctm, plastic, factors, seen=seen)
             with torch.no_grad():
                 seconds.copy_(torch.tensor([cpu_seconds(reading, 1), cpu_seconds(writing, 1)]))
     alone, both = taken.amin(0).sum(0).tolist()

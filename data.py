@@ -682,8 +682,10 @@ class Mixture:
                              "set text_share=1.0")
         self.tokenizer, self.text, self.T, self.seed, self.split = tokenizer, text, T, seed, split
         self.text_share, self.told_share, self.curriculum = text_share, told_share, curriculum
-        self.lexicon = (lexicon(tokenizer.decode(text[:1_000_000].tolist()))
-                        if split == "train" and text_share < 1 else None)
+        self.lexicon = None
+        if split == "train" and text_share < 1:
+            words = lexicon(tokenizer.decode(text[:1_000_000].tolist()))
+            self.lexicon = words + coined(tokenizer, len(words))
 
     def batch(self, rows: int, *key: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """-> tokens (rows, T) int64, padded with -1; weight (rows, T) of predicting each token's
@@ -816,6 +818,17 @@ def padded(rows: list[list], fill: float, dtype: type = np.int64) -> np.ndarray:
 def lexicon(text: str) -> list[str]:
     """The plain words of a text, in a fixed order, but for the values that are held out."""
     return sorted(set(re.findall(r"(?<= )[a-z]{3,10}(?= )", text)) - HELD_OUT_VALUES)
+
+
+def coined(tokenizer: Tokenizer, n: int) -> list[str]:
+    """About `n` words of one to four tokens each, in a fixed order, by chance: a value that is not
+    known yet may begin, and go on, with any token, and words of a text begin with few."""
+    rng, said = random.Random(0), [tokenizer.decode([i]) for i in range(tokenizer.n_vocab)]
+    first = [s[1:] for s in said if re.fullmatch(" [A-Za-z][a-z]*", s)]
+    other = [s for s in said if re.fullmatch("[a-z]+", s)]
+    words = {rng.choice(first) + "".join(rng.choices(other, k=rng.randint(0, 3)))
+             for _ in range(n if first and other else 0)}
+    return sorted(words - HELD_OUT_VALUES - set(NAMES["held_out"]))
 
 
 SESSION_SIZES = (1, 2, 3, 4, 6, 8)      # facts per session

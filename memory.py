@@ -373,22 +373,20 @@ class Projector(NamedTuple):
     of every row t that something has taken: F x F numbers are never held."""
     free: Tensor                # (F,)
     text: Tensor                # (R, F), taken by ordinary text
-    past: tuple[Tensor, ...] = ()       # (n, F) each, by what was written before
+    past: Tensor                # (N, F), by what was written before
 
-    def along(self, keys: Tensor) -> Tensor:
-        """keys (m, F) -> keys P (m, F)."""
-        found = keys * self.free
-        for rows in (self.text, *self.past):
-            found.addmm_(keys @ rows.T, rows, alpha=-1)
-        return found
+    def along(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """keys (m, F) -> keys P (m, F), and how much of each row of the past they have (m, N)."""
+        shared = keys @ self.past.T
+        found = (keys * self.free).addmm_(keys @ self.text.T, self.text, alpha=-1)
+        return found.addmm_(shared, self.past, alpha=-1), shared
 
     def without(self, rows: Tensor) -> "Projector":
         """What is left when these rows (n, F) are taken, too. Of more than 2 F, their triangle is
         kept: it takes the same."""
-        past = (*self.past, rows)
-        if sum(map(len, past)) > 2 * rows.shape[1]:
-            past = (torch.linalg.qr(torch.cat(past), mode="r").R,)
-        return self._replace(past=past)
+        past = torch.cat([self.past, rows])
+        return self._replace(past=past if len(past) <= 2 * rows.shape[1]
+                             else torch.linalg.qr(past, mode="r").R)
 
 
 def text_part(ctm: CTMBlock, rule: WriteRule) -> tuple[Tensor, Tensor]:
@@ -408,7 +406,7 @@ def empty_projector(ctm: CTMBlock, rule: WriteRule) -> Projector:
         free = 1 / (rest + rule.ridge)
         inner = torch.eye(len(rows)).to(rows) + (rows * free) @ rows.T
         ctm.projectors[known] = Projector(free, torch.linalg.solve_triangular(
-            torch.linalg.cholesky(inner), rows * free, upper=False))
+            torch.linalg.cholesky(inner), rows * free, upper=False), rows[:0])
     return ctm.projectors[known]
 
 
@@ -417,19 +415,21 @@ class Plastic:
     """A written memory: W_m, and the P that it leaves. Both on the CPU."""
     weight: Tensor              # (D, F)
     projector: Projector | None = None  # None: to be read, not written to
+    said: Tensor | None = None  # (N, D), W_m = said' past; None: it is not (fades, caps, no P)
 
     @classmethod
     def blank(cls, ctm: CTMBlock, rule: WriteRule = WriteRule()) -> "Plastic":
         """Nothing written yet."""
-        width = max(ctm.config.expand, 1) * ctm.config.sync
-        return cls(torch.zeros(len(ctm.start_z), width, dtype=rule.wide),
-                   Projector(*(x.to("cpu", rule.wide) for x in empty_projector(ctm, rule)[:2])))
+        weight = torch.zeros(len(ctm.start_z), max(ctm.config.expand, 1) * ctm.config.sync,
+                             dtype=rule.wide)
+        return cls(weight, Projector(*(x.to(weight) for x in empty_projector(ctm, rule))),
+                   weight.T[:0])
 
 
 def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
-                   rule: WriteRule = WriteRule()) -> Plastic:
+                   rule: WriteRule = WriteRule(), seen: Tensor | None = None) -> Plastic:
     """Write one session into W_m, as if token by token in the order lived; -> a new Plastic, the
-    old one stays as it was.
+    old one stays as it was. seen: `whitened` of the factors, where that is known.
 
     Sherman-Morrison, one key after another, is the factorisation I + K P K' = C C': row i of
     C^-1 K P is P_i k_i / C_ii, with P as it stood when token i was written, and C_ii^2 = 1 + k_i'
@@ -438,34 +438,46 @@ def compact_memory(ctm: CTMBlock, plastic: Plastic, factors: Factors,
     is not finite.
     """
     weight = plastic.weight
-    keys = addresses(ctm, factors).to(weight)
+    keys = addresses(ctm, factors, seen).to(weight)
     values = factors.values.double().cpu()
     if plastic.projector is None:
         raise ValueError("expected a memory with its projector, found W_m alone: it can be read and "
                          "not written to")
     same, p = torch.eye(len(keys), dtype=torch.float64), faded(ctm, plastic.projector, rule)
-    toward = p.along(keys)                                          # (n, F)
+    toward, shared = p.along(keys)                                  # (n, F), (n, N)
     root, flawed = torch.linalg.cholesky_ex(same + keys @ toward.T)
     toward = torch.linalg.solve_triangular(root, same, upper=False).to(weight) @ toward
     gain = root.diagonal() / (root.diagonal() ** 2 - 1)
     if rule.delta:  # what earlier sessions, and earlier tokens, say there already
         told = root * gain if rule.project else (keys @ keys.T).double()
+        earlier = keys @ weight.T if plastic.said is None else shared @ plastic.said
         values = torch.linalg.solve_triangular(
-            same + told.tril(-1), values - keys @ weight.T, upper=False, unitriangular=True)
+            same + told.tril(-1), values - earlier, upper=False, unitriangular=True)
     if rule.project:  # unit gain at its own key
         values, along = values * gain[:, None], toward
     else:
         along = keys
-    weight = homeostasis(ctm, torch.addmm(weight, values.T.to(weight), along), rule)
+    values = values.to(weight)
+    whole = torch.addmm(weight, values.T, along)
+    weight, left = homeostasis(ctm, whole, rule), p.without(toward)
     if flawed or not torch.isfinite(weight.sum()):  # of all at once: faster than each
         raise ValueError("expected a finite memory, found one that is not: the session is not "
                          "written, all others are as before")
-    return Plastic(weight, p.without(toward))
+    as_said = (plastic.said is not None and weight is whole and rule.project and rule.fade == 1
+               and len(left.past) == len(plastic.said) + len(values))
+    return Plastic(weight, left, torch.cat([plastic.said, values]) if as_said else None)
 
 
-def addresses(ctm: CTMBlock, factors: Factors) -> Tensor:
+def whitened(ctm: CTMBlock, factors: Factors) -> Tensor:
+    """The keys, whitened: (n, S) fp32, on the block's device; addresses and bearings ask for it."""
+    return factors.unit_keys().float().to(ctm.white.device) @ ctm.white.T
+
+
+def addresses(ctm: CTMBlock, factors: Factors, seen: Tensor | None = None) -> Tensor:
     """Where the write finds each factor, as a question reads it: phi (n, F), fp32."""
-    return ctm.features(factors.unit_keys().float().to(ctm.start_z.device)).cpu()
+    if not ctm.config.expand:
+        return factors.unit_keys().float()
+    return ctm.features(whitened(ctm, factors) if seen is None else seen, white=True).cpu()
 
 
 def faded(ctm: CTMBlock, p: Projector, rule: WriteRule) -> Projector:
@@ -473,23 +485,23 @@ def faded(ctm: CTMBlock, p: Projector, rule: WriteRule) -> Projector:
     count `fade` times what they did.
 
     P = P_0 - T' T becomes P_0 - fade T' (I - (1 - fade) T L T')^-1 T (Woodbury, twice)."""
-    if rule.fade == 1 or not p.past:
+    if rule.fade == 1 or not len(p.past):
         return p
     if not rule.fade:
-        return p._replace(past=())
+        return p._replace(past=p.past[:0])
     rows, rest = (x.cpu() for x in text_part(ctm, rule))
-    past = torch.cat(p.past).double()
+    past = p.past.double()
     taken = (past @ rows.T) @ (past @ rows.T).T + (past * (rest + rule.ridge)) @ past.T
     left = torch.eye(len(past)).to(past) - (1 - rule.fade) * taken
-    return p._replace(past=(math.sqrt(rule.fade) * torch.linalg.solve_triangular(
-        torch.linalg.cholesky(left), past, upper=False).to(p.free),))
+    return p._replace(past=math.sqrt(rule.fade) * torch.linalg.solve_triangular(
+        torch.linalg.cholesky(left), past, upper=False).to(p.free))
 
 
-def bearings(ctm: CTMBlock, factors: Factors) -> Tensor:
+def bearings(seen: Tensor) -> Tensor:
     """Where each whitened key of a session points: (n, S) whole numbers in fp32, so that a product
     of two is exact in any order (S <= 4,200) and every way to the same sessions finds the same told
     anew."""
-    seen = (factors.unit_keys().float().to(ctm.white.device) @ ctm.white.T).cpu()
+    seen = seen.cpu()
     return (63 * seen / seen.abs().amax(1, keepdim=True)).round()
 
 
@@ -520,9 +532,10 @@ def compact_sessions(ctm: CTMBlock, sessions: list[Factors],
                      rule: WriteRule = WriteRule()) -> Plastic:
     """The memory that sessions make, one after the other, without what is told anew later."""
     plastic = Plastic.blank(ctm, rule)
-    gone = superseded([bearings(ctm, f) for f in sessions], rule.near)
-    for factors, again in zip(sessions, gone):
-        plastic = compact_memory(ctm, plastic, factors.rows(~again), rule)
+    seen = [whitened(ctm, f) for f in sessions]
+    gone = superseded([bearings(x) for x in seen], rule.near)
+    for factors, x, again in zip(sessions, seen, gone):
+        plastic = compact_memory(ctm, plastic, factors.rows(~again), rule, x[~again])
     return plastic
 
 
@@ -899,7 +912,8 @@ class Store:
         if not sessions:
             return before
         known = len(before.anew)
-        pointing = [*before.pointing, *(bearings(self.model.ctm, f) for f in sessions[known:])]
+        pointing = [*before.pointing,
+                    *(bearings(whitened(self.model.ctm, f)) for f in sessions[known:])]
         anew = superseded(pointing, self.rule.near, known)
         for i, gone in enumerate(before.anew):
             anew[i] = anew[i] | gone

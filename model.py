@@ -541,9 +541,9 @@ class CTMBlock(nn.Module):
         lived = (m != fresh).flatten(1).any(1, keepdim=True)
         return self.key(K - 1, self.sync_out.read(m[:, 0] * beta, beta, fresh[0])) * lived
 
-    def features(self, k: Tensor) -> Tensor:
+    def features(self, k: Tensor, white: bool = False) -> Tensor:
         """phi, what memory is written and read at: k = kappa / sqrt(S) (..., S) -> (..., F), of
-        the precision of k.
+        the precision of k; white: k is whitened already.
 
         |x| of the whitened key x, turned at random F / S times. What two phi have in common beside
         their mean falls with the square of the cosine of their keys and faster (Cho & Saul 2009:
@@ -554,7 +554,7 @@ class CTMBlock(nn.Module):
         if not self.config.expand:
             return k
         with torch.autocast(k.device.type, enabled=False):  # whitening asks for fp32
-            return self.turned(k @ self.white.to(k.dtype).T).abs()
+            return self.turned(k if white else k @ self.white.to(k.dtype).T).abs()
 
     def read_along(self, expand: int) -> None:
         """From now on memory is written and read at so many features for each channel."""

@@ -618,7 +618,7 @@ def written(ctm: CTMBlock, keys: torch.Tensor, salient: torch.Tensor,
         return keys.T
     keys, salient = keys.double(), salient.double()                 # small ridge: fp32 won't do
     rule = WriteRule(n0=write_n0, ridge=write_ridge)
-    toward = empty_projector(ctm, rule).along(keys).T               # (F, n)
+    toward = empty_projector(ctm, rule).along(keys)[0].T            # (F, n)
     alike = keys @ toward
     if mind is not None:
         alike = alike * (mind[:, None] == mind)

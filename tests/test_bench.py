@@ -98,7 +98,7 @@ def test_who_has_the_same_relation_is_not_taken_for_the_same_person_told_anew():
                   for people in (facts, [world.another_value(f) for f in facts]))
 
     def share_gone(sessions: list) -> float:
-        gone = bench.superseded([bench.bearings(mind.ctm, f) for f in sessions],
+        gone = bench.superseded([bench.bearings(bench.whitened(mind.ctm, f)) for f in sessions],
                                 bench.WriteRule().near)
         return sum(int(g.sum()) for g in gone[:6]) / len(facts)
     assert share_gone(told) < 0.4 and share_gone(told + anew) > 1   # keys of each person, of four

@@ -190,6 +190,21 @@ def test_namesakes_begin_alike_and_spliced_values_are_new_words():
                        for a in world.lexicon for b in world.lexicon} and len(spliced) > 6
 
 
+def test_coined_words_begin_and_go_on_with_any_token_and_are_never_held_out(words):
+    made = data.coined(words, 4000)
+    assert made == data.coined(words, 4000) and 3000 < len(made) == len(set(made)) <= 4000
+    assert not {*data.HELD_OUT_VALUES, *data.NAMES["held_out"]} & set(made)
+    spelled = [words.encode(" " + word) for word in made]
+    held_out = [words.encode(" " + v) for v in sorted(data.HELD_OUT_VALUES)]
+    for part in (0, 1):                                             # as held-out values begin, go on
+        wanted = {tokens[part] for tokens in held_out}
+        assert len(wanted - {t[part] for t in spelled if len(t) > part}) < 0.1 * len(wanted)
+    text = np.array(words.encode("the old table by the window of summer " * 60), np.uint16)
+    plain = data.lexicon(words.decode(text.tolist()))
+    found = data.Mixture(words, text, 128, 0.5, 0.1, 1).lexicon
+    assert "window" in plain and found == plain + data.coined(words, len(plain))
+
+
 # -----------------------------------------------------------------------------
 # files
 

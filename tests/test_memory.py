@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from conftest import randomised, same, some_memory, some_tokens
 from memory import (Carry, Factors, Plastic, SessionMemory, Snapshot, Store, WriteRule, _sealed,
                     addresses, bearings, compact_memory, compact_sessions, empty_projector, engrams,
-                    norm_ratio, output_change, read_session, superseded)
+                    norm_ratio, output_change, read_session, superseded, whitened)
 from model import Cache, generate
 
 ROOT = Path(__file__).parent.parent
@@ -184,7 +184,7 @@ def test_what_was_expected_is_not_kept(model):
 # -----------------------------------------------------------------------------
 # invariant 7: the write
 
-@pytest.mark.parametrize("fade", [0.5, 0.0])
+@pytest.mark.parametrize("fade", [1.0, 0.5, 0.0])
 def test_the_write_is_the_projected_delta_rule(model, fade):
     """Against the equations solved afresh for every token;
     and read as linear attention over the solved factors."""
@@ -238,7 +238,7 @@ def test_what_a_later_session_tells_anew_is_left_out_and_nothing_else(model):
     first, other = some_factors(model, 6, 1), some_factors(model, 6, 2)
     twice = first._replace(keys=torch.cat([first.keys[:1], first.keys[:5]]))    # in one session
     later = again(model, first, 3, of=2)
-    pointing = [bearings(ctm, f) for f in (twice, other, later)]
+    pointing = [bearings(whitened(ctm, f)) for f in (twice, other, later)]
     gone = superseded(pointing, rule.near)
     assert [g.tolist() for g in gone] == [[True, True, True, False, False, False], [False] * 6,
                                           [False] * 6]
@@ -248,6 +248,21 @@ def test_what_a_later_session_tells_anew_is_left_out_and_nothing_else(model):
     both = compact_sessions(ctm, [first, other, later], rule)
     without = compact_sessions(ctm, [first.rows(torch.arange(2, 6)), other, later], rule)
     assert torch.equal(both.weight, without.weight)
+
+
+@pytest.mark.parametrize("other", [{}, {"cap": 0.001}, {"project": False}, {"fade": 0.5},
+                                   {"delta": False}])
+def test_what_was_said_before_is_the_same_from_the_rows_and_from_the_weight(model, other):
+    """Where W_m is what was said along each row, and where it is not."""
+    rule = WriteRule(wide=torch.float64, **other)
+    plastic = Plastic.blank(model.ctm, rule)
+    for seed in range(6):
+        factors = again(model, some_factors(model, 6, 0), seed)
+        by_weight = compact_memory(model.ctm, dataclasses.replace(plastic, said=None), factors,
+                                   rule)
+        plastic = compact_memory(model.ctm, plastic, factors, rule)
+        assert (plastic.weight - by_weight.weight).abs().max() < 1e-9 * plastic.weight.abs().max()
+    assert (plastic.said is None) == bool({"cap", "project", "fade"} & set(other))
 
 
 def test_caps_bound_the_write_and_keep_its_direction(model):
