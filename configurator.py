@@ -24,10 +24,11 @@ def stop(message: str, status: int = 1) -> None:
 
 
 def commit() -> str:
-    """The commit that is running, short, for the log; "unknown" outside a git checkout."""
+    """The commit that is running, short, for the log, "-dirty" with changes of its own; "unknown"
+    outside a git checkout."""
     here = Path(__file__).parent
-    return subprocess.run(["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True,
-                          text=True).stdout.strip() or "unknown"
+    return subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"],
+                          capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def read_json(path: Path, *needed: str) -> dict:

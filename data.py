@@ -344,7 +344,7 @@ class FactWorld:
         self.rng, self.lexicon = random.Random(seed), lexicon
         self.split, self.names, self.values = split, NAMES[split], VALUES[split]
         self.variety = 1.0  # share of statements not worded like answers
-        self.spliced = False  # are the lexicon's values made of two words?
+        self.spliced = 0.5  # share of the lexicon's values that are made of two words
 
     def facts(self, n: int, names: list[str] | None = None) -> list[Fact]:
         """`n` facts with distinct (name, relation): few relations over many people, so relations
@@ -401,14 +401,14 @@ class FactWorld:
                 else self.near_miss(fact, {f.name for f in told}))
 
     def _value(self, relation: str) -> str:
-        """One of the relation's values; in training, more often than not any word, an invented one,
-        another relation's.
+        """One of the relation's values; in training, more often than not any word or one spliced
+        from two, an invented name, another relation's.
 
         With closed sets alone a small model learns the set, and never says a value that it has not
         answered before.
         """
         chance = self.rng.random() if self.lexicon else 1.0
-        if chance < 0.35 and self.spliced:
+        if chance < 0.35 * self.spliced:
             first, last = self.rng.sample(self.lexicon, 2)
             word = first[:len(first) // 2 + 1] + last[len(last) // 2:]
             return first if word in HELD_OUT_VALUES else word
@@ -682,10 +682,8 @@ class Mixture:
                              "set text_share=1.0")
         self.tokenizer, self.text, self.T, self.seed, self.split = tokenizer, text, T, seed, split
         self.text_share, self.told_share, self.curriculum = text_share, told_share, curriculum
-        self.lexicon = None
-        if split == "train" and text_share < 1:
-            words = lexicon(tokenizer.decode(text[:1_000_000].tolist()))
-            self.lexicon = words + coined(tokenizer, len(words))
+        self.lexicon = (lexicon(tokenizer.decode(text[:1_000_000].tolist()))
+                        if split == "train" and text_share < 1 else None)
 
     def batch(self, rows: int, *key: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """-> tokens (rows, T) int64, padded with -1; weight (rows, T) of predicting each token's
@@ -745,13 +743,13 @@ class Mixture:
         context.
 
         Every other time the names share a few first syllables. Sessions that ask also ask up to
-        four questions that no row's telling answers (`FactWorld.untold`). Some values are spliced
-        from two words, so that they have several pieces, as held-out ones do.
+        four questions that no row's telling answers (`FactWorld.untold`). The lexicon's values are
+        all spliced, so that they have several pieces, as held-out ones do.
         """
         rng = random.Random(f"{self.seed}/{self.split}/episodes/{key}")
         world = FactWorld(rng.getrandbits(64), self.split, self.lexicon)
         world.variety = min(1.0, max(0.0, key[0] / self.curriculum - 1)) if self.curriculum else 1.0
-        world.spliced = True
+        world.spliced = 1.0
         size = rng.choice(EPISODE_SIZES)
         rows = min(48, max(1, n_facts // size))
         names = world.namesakes(size * rows) if rng.random() < 0.5 else None
@@ -818,17 +816,6 @@ def padded(rows: list[list], fill: float, dtype: type = np.int64) -> np.ndarray:
 def lexicon(text: str) -> list[str]:
     """The plain words of a text, in a fixed order, but for the values that are held out."""
     return sorted(set(re.findall(r"(?<= )[a-z]{3,10}(?= )", text)) - HELD_OUT_VALUES)
-
-
-def coined(tokenizer: Tokenizer, n: int) -> list[str]:
-    """About `n` words of one to four tokens each, in a fixed order, by chance: a value that is not
-    known yet may begin, and go on, with any token, and words of a text begin with few."""
-    rng, said = random.Random(0), [tokenizer.decode([i]) for i in range(tokenizer.n_vocab)]
-    first = [s[1:] for s in said if re.fullmatch(" [A-Za-z][a-z]*", s)]
-    other = [s for s in said if re.fullmatch("[a-z]+", s)]
-    words = {rng.choice(first) + "".join(rng.choices(other, k=rng.randint(0, 3)))
-             for _ in range(n if first and other else 0)}
-    return sorted(words - HELD_OUT_VALUES - set(NAMES["held_out"]))
 
 
 SESSION_SIZES = (1, 2, 3, 4, 6, 8)      # facts per session

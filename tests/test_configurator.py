@@ -1,6 +1,10 @@
 """Config files and overrides: what is accepted, and that everything else is refused in one line."""
+import re
+import subprocess
+
 import pytest
 
+import configurator
 from configurator import configure
 
 
@@ -65,3 +69,15 @@ def test_help_prints_the_block_with_its_comments(capsys):
     out = capsys.readouterr().out
     assert (end.value.code == 0 and "accumulation = 1            # micro-batches per step" in out
             and "\nphase = 1" in out)
+
+
+def test_the_commit_says_when_what_runs_is_not_what_was_committed(tmp_path, monkeypatch):
+    monkeypatch.setattr(configurator, "__file__", str(tmp_path / "a.py"))
+    assert configurator.commit() == "unknown"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a"]
+    (tmp_path / "a.py").write_text("1")
+    for command in ("init", "add a.py", "commit --message=a"):
+        subprocess.run([*git, *command.split()], check=True, capture_output=True)
+    clean = configurator.commit()
+    (tmp_path / "a.py").write_text("2")
+    assert re.fullmatch("[0-9a-f]{7,}", clean) and configurator.commit() == clean + "-dirty"

@@ -176,33 +176,19 @@ def test_what_nobody_told_is_not_known():
     assert len(prompts) == 20 and {f.value for f in asked} == {data.UNKNOWN}
 
 
-def test_namesakes_begin_alike_and_spliced_values_are_new_words():
+def test_namesakes_begin_alike_and_half_of_the_lexicons_values_are_spliced_into_new_words():
     world = data.FactWorld(4, lexicon=["table", "window", "garlic", "summer"])
     names = world.namesakes(40)
     assert 40 <= len(set(names)) == len(names) < 80
     assert sum(any(n.startswith(onset) for n in names) for onset in data.ONSETS) <= 3
-    plain = {world._value("home") for _ in range(400)}
-    world.spliced = True
-    spliced = ({world._value("home") for _ in range(400)} - plain
-               - {v for vs in data.VALUES["train"].values() for v in vs}
-               - set(data.NAMES["train"]))
-    assert spliced <= {a[:len(a) // 2 + 1] + b[len(b) // 2:]
-                       for a in world.lexicon for b in world.lexicon} and len(spliced) > 6
-
-
-def test_coined_words_begin_and_go_on_with_any_token_and_are_never_held_out(words):
-    made = data.coined(words, 4000)
-    assert made == data.coined(words, 4000) and 3000 < len(made) == len(set(made)) <= 4000
-    assert not {*data.HELD_OUT_VALUES, *data.NAMES["held_out"]} & set(made)
-    spelled = [words.encode(" " + word) for word in made]
-    held_out = [words.encode(" " + v) for v in sorted(data.HELD_OUT_VALUES)]
-    for part in (0, 1):                                             # as held-out values begin, go on
-        wanted = {tokens[part] for tokens in held_out}
-        assert len(wanted - {t[part] for t in spelled if len(t) > part}) < 0.1 * len(wanted)
-    text = np.array(words.encode("the old table by the window of summer " * 60), np.uint16)
-    plain = data.lexicon(words.decode(text.tolist()))
-    found = data.Mixture(words, text, 128, 0.5, 0.1, 1).lexicon
-    assert "window" in plain and found == plain + data.coined(words, len(plain))
+    made_of_two = {a[:len(a) // 2 + 1] + b[len(b) // 2:] for a in world.lexicon
+                   for b in world.lexicon if a != b}
+    values = [world._value("home") for _ in range(4000)]
+    spliced, plain = (sum(v in words for v in values) for words in (made_of_two, world.lexicon))
+    assert 0.8 < spliced / plain < 1.25 and made_of_two.isdisjoint(world.lexicon)
+    world.spliced = 1.0                                             # where they are told to memory
+    values = {world._value("home") for _ in range(1000)}
+    assert values >= made_of_two and values.isdisjoint(world.lexicon)
 
 
 # -----------------------------------------------------------------------------
