@@ -123,6 +123,7 @@ ffn = ""                    # this FFN: a file of --block=ffn; "": the base's ow
 locality_weight = 1.0       # KL on text and on people never told of, with and without the memory
 salience_weight = 0.5       # cross-entropy of salience with being a value that may be asked for
 baseline_rate = 0.01        # of the running mean and variance of y_out, at the full lr
+moment_rate = 0.02          # of the running second moments of keys, which whiten what they tell
 moment_batches = 200        # at the end: two rows and 64 facts each, for what a write protects
 session_rows = 4800         # at the end: of text and mixture, for what a session says of its own
 text_cost = 0.0             # at the end: of its nats, what text is to pay for a hundred facts, by
@@ -440,8 +441,8 @@ def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, crowd: data.E
         loss, report, thought = mixture_loss(model, batch, step)
         thoughts = [thought]
     lived = all_lived(thoughts)
-    if carrying:
-        report["key"] = lived.key[lived.real].detach()              # whole rows: ordinary reading
+    if carrying or thinking_share == 1:                             # whole rows: ordinary reading
+        report["key"] = lived.key[lived.real].detach()
     if through_write and not keep_due and share_of_steps(full_share, step):
         extra, more = episode_loss(
             model, told, crowd, (lived.hidden[lived.real], lived.key[lived.real]), carrying)
@@ -664,7 +665,7 @@ def apply_moment(moment: torch.Tensor, key: torch.Tensor, before: float) -> None
     before: how often it was moved."""
     found = averaged(key.T @ key / key.shape[1] / len(key))
     found = (found + found.T) / 2                                   # to the bit, as a file keeps it
-    moment.lerp_(found, max(2 * baseline_rate, 1 / (1 + before)))
+    moment.lerp_(found, max(moment_rate, 1 / (1 + before)))
 
 
 @torch.no_grad()
@@ -685,7 +686,9 @@ def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str) -> None:
         thought = model(tensors(mixture.batch(2, max_steps, i), device)[0])
         add(0, thought.key[thought.real])
         e = data.Episodes(*tensors(mixture.episodes(64, max_steps, i), device))
-        for tokens, wanted in ((e.told, e.news > 0), (e.asked, (e.weight > 1) | (e.weight < 0))):
+        told, asked = torch.zeros_like(e.told, dtype=torch.bool), e.weight < 0
+        told[*e.told_at.T], asked[*e.asked_at[:, :2].T] = True, True
+        for tokens, wanted in ((e.told, told), (e.asked, asked)):   # as `episode_loss` has them
             where = due_first(wanted)
             add(1, model(tokens, where=where).key[wanted.gather(1, where)])
     for moment, found, n in zip(moments, map(averaged, sums), averaged(counts)):

@@ -263,6 +263,28 @@ def test_life_writes_as_long_as_training_did_in_the_middle(model):
     assert (error @ model.ctm.engram.T).norm(dim=1).median() == pytest.approx(1, rel=1e-4)
 
 
+def test_moments_are_measured_at_the_end_of_the_keys_that_moved_them_in_training(model, monkeypatch):
+    """Where they are not, memory is read along other features than it was trained with."""
+    chance = torch.Generator().manual_seed(0)
+    told, asked = (torch.randint(model.backbone.config.vocab_size, (2, n), generator=chance)
+                   for n in (12, 16))
+    news, weight = torch.zeros(2, 12), torch.ones(2, 16)
+    news[:, 3:6], news[:, 8] = 1, 1                                 # two facts each, one of 3 pieces
+    weight[:, [4, 9]], weight[0, 13] = 4, -4                        # and one stranger
+    told_at = torch.tensor([[0, 3], [0, 8], [1, 3], [1, 8]])
+    asked_at = torch.tensor([[0, 4, 1], [0, 9, 0], [1, 4, 2], [1, 9, 3]])
+    e = data.Episodes(told, news, asked, weight, told_at, asked_at)
+    text = Lived.of(model(told))
+    monkeypatch.setattr(training, "moment_batches", 1)
+    _, report = training.episode_loss(model, e, e, (text.hidden[text.real], text.key[text.real]),
+                                      False)
+    training.measure_moments(model, SimpleNamespace(
+        batch=lambda *_: (told.numpy(),), episodes=lambda *_: [x.numpy() for x in e]), "cpu")
+    for moment, key in ((model.ctm.key_moment, text.key[text.real]),
+                        (model.ctm.due_moment, report["due"])):
+        torch.testing.assert_close(moment, key.T @ key / key.shape[1] / len(key))
+
+
 def test_eta_is_as_loud_as_text_bears(sessions, monkeypatch):
     """From a memory that would cost too little, and from one that would cost too much."""
     model, mixture = sessions
