@@ -434,14 +434,15 @@ def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, crowd: data.E
                 step: int) -> tuple[torch.Tensor, dict]:
     """The mixture, with or without a carry, and episodes:
     what session A writes, session B is asked, beside ordinary text."""
-    carrying = share_of_steps(carry_share, step) and not is_brief(step)
+    brief = is_brief(step)
+    carrying = share_of_steps(carry_share, step) and not brief
     if carrying:
         loss, report, thoughts = carried_loss(model, batch, step)
     else:
         loss, report, thought = mixture_loss(model, batch, step)
         thoughts = [thought]
     lived = all_lived(thoughts)
-    if carrying or thinking_share == 1:                             # whole rows: ordinary reading
+    if carrying or thinking_share == 1 and not brief:               # whole rows: ordinary reading
         report["key"] = lived.key[lived.real].detach()
     if through_write and not keep_due and share_of_steps(full_share, step):
         extra, more = episode_loss(
