@@ -400,13 +400,11 @@ def read_in_chunks(model: NanoCTM, tokens: torch.Tensor, session: SessionMemory,
         at += where.shape[1]
 
 
-def carried_loss(model: NanoCTM, batch: Batch, step: int
-                 ) -> tuple[torch.Tensor, dict, list[Thought]]:
-    """The mixture read as sessions:
-    sync carried from chunk to chunk, at times from before, at times across a cut."""
+def carried_reading(model: NanoCTM, batch: Batch, turn: int) -> tuple[torch.Tensor, list[Thought]]:
+    """The mixture read as sessions: sync carried from chunk to chunk, at times from before, at
+    times across a cut. turn: which carrying step. -> what is learned (B, T), the thoughts."""
     tokens, weight, before = (x[:carry_rows] for x in batch)
-    session, turn = (SessionMemory(model, len(tokens), chunk),
-                     int(step * carry_share))                       # turn: which carrying step
+    session = SessionMemory(model, len(tokens), chunk)
     if share_of_steps(inherited_share, turn):
         session.start(inherited_session(model, before).sums)
     T = tokens.shape[1]
@@ -422,7 +420,14 @@ def carried_loss(model: NanoCTM, batch: Batch, step: int
             known = (after >= 0) & lived.real
             plastic = remembered(model, lived, after, known) if known.any() else None
         thoughts += read_in_chunks(model, context, session, plastic)
-    following, sizes = successors(tokens), [t.read_tick.shape[1] for t in thoughts]
+    return weight, thoughts
+
+
+def carried_loss(model: NanoCTM, batch: Batch, step: int
+                 ) -> tuple[torch.Tensor, dict, list[Thought]]:
+    """Tick loss of the mixture read as sessions."""
+    weight, thoughts = carried_reading(model, batch, int(step * carry_share))
+    following, sizes = successors(batch[0][:carry_rows]), [t.read_tick.shape[1] for t in thoughts]
     losses, reports = zip(*(model.tick_loss(t, f, w, other_tick) for t, f, w
                             in zip(thoughts, following.split(sizes, 1), weight.split(sizes, 1))
                             if (w > 0).any()))
@@ -434,16 +439,15 @@ def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, crowd: data.E
                 step: int) -> tuple[torch.Tensor, dict]:
     """The mixture, with or without a carry, and episodes:
     what session A writes, session B is asked, beside ordinary text."""
-    brief = is_brief(step)
-    carrying = share_of_steps(carry_share, step) and not brief
+    carrying = share_of_steps(carry_share, step) and not is_brief(step)
     if carrying:
         loss, report, thoughts = carried_loss(model, batch, step)
     else:
         loss, report, thought = mixture_loss(model, batch, step)
         thoughts = [thought]
     lived = all_lived(thoughts)
-    if carrying or thinking_share == 1 and not brief:               # whole rows: ordinary reading
-        report["key"] = lived.key[lived.real].detach()
+    if carrying:
+        report["key"] = lived.key[lived.real].detach()              # whole rows: ordinary reading
     if through_write and not keep_due and share_of_steps(full_share, step):
         extra, more = episode_loss(
             model, told, crowd, (lived.hidden[lived.real], lived.key[lived.real]), carrying)
@@ -673,7 +677,8 @@ def apply_moment(moment: torch.Tensor, key: torch.Tensor, before: float) -> None
 def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str) -> None:
     """Once the block is trained: both second moments anew, on `moment_batches` of training
     material. A write finds its way around what they hold, so keys they have too few of are
-    disturbed."""
+    disturbed. Of the same keys as training's: of rows read as sessions (of fresh rows alone they
+    differ by a third), and where each fact's value is due."""
     moments = model.ctm.key_moment, model.ctm.due_moment
     sums = [torch.zeros_like(m, dtype=torch.float64) for m in moments]
     counts = torch.zeros(2, dtype=torch.float64, device=device)
@@ -684,8 +689,9 @@ def measure_moments(model: NanoCTM, mixture: data.Mixture, device: str) -> None:
         counts[which] += len(key)
 
     for i in range(rank, moment_batches, world):
-        thought = model(tensors(mixture.batch(2, max_steps, i), device)[0])
-        add(0, thought.key[thought.real])
+        lived = all_lived(carried_reading(
+            model, tensors(mixture.batch(2, max_steps, i), device), i)[1])
+        add(0, lived.key[lived.real])
         e = data.Episodes(*tensors(mixture.episodes(64, max_steps, i), device))
         told, asked = torch.zeros_like(e.told, dtype=torch.bool), e.weight < 0
         told[*e.told_at.T], asked[*e.asked_at[:, :2].T] = True, True

@@ -274,14 +274,17 @@ def test_moments_are_measured_at_the_end_of_the_keys_that_moved_them_in_training
     told_at = torch.tensor([[0, 3], [0, 8], [1, 3], [1, 8]])
     asked_at = torch.tensor([[0, 4, 1], [0, 9, 0], [1, 4, 2], [1, 9, 3]])
     e = data.Episodes(told, news, asked, weight, told_at, asked_at)
-    text = Lived.of(model(told))
-    monkeypatch.setattr(training, "moment_batches", 1)
-    _, report = training.episode_loss(model, e, e, (text.hidden[text.real], text.key[text.real]),
-                                      False)
+    for name, value in (("moment_batches", 1), ("chunk", 4), ("through_write", True)):
+        monkeypatch.setattr(training, name, value)
+    monkeypatch.setattr(training, "carry_share", 1.0)               # step 0 carries
+    batch = told, torch.ones(2, 12).index_fill(1, torch.tensor(11), 0), told.flip(0)
+    report = training.phase3_loss(model, batch, e, e, 0)[1]
+    due = training.episode_loss(model, e, e, (torch.zeros(1, len(model.ctm.start_z)),
+                                              report["key"][:1]), False)[1]["due"]
     training.measure_moments(model, SimpleNamespace(
-        batch=lambda *_: (told.numpy(),), episodes=lambda *_: [x.numpy() for x in e]), "cpu")
-    for moment, key in ((model.ctm.key_moment, text.key[text.real]),
-                        (model.ctm.due_moment, report["due"])):
+        batch=lambda *_: [x.numpy() for x in batch],
+        episodes=lambda *_: [x.numpy() for x in e]), "cpu")
+    for moment, key in ((model.ctm.key_moment, report["key"]), (model.ctm.due_moment, due)):
         torch.testing.assert_close(moment, key.T @ key / key.shape[1] / len(key))
 
 
