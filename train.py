@@ -123,7 +123,7 @@ ffn = ""                    # this FFN: a file of --block=ffn; "": the base's ow
 locality_weight = 1.0       # KL on text and on people never told of, with and without the memory
 salience_weight = 0.5       # cross-entropy of salience with being a value that may be asked for
 baseline_rate = 0.01        # of the running mean and variance of y_out, at the full lr
-moment_rate = 0.02          # of the running second moments of keys, which whiten what they tell
+moment_rate = 0.02          # of the running second moments of keys, which whiten them
 moment_batches = 200        # at the end: two rows and 64 facts each, for what a write protects
 session_rows = 4800         # at the end: of text and mixture, for what a session says of its own
 text_cost = 0.0             # at the end: of its nats, what text is to pay for a hundred facts, by
@@ -403,8 +403,7 @@ def read_in_chunks(model: NanoCTM, tokens: torch.Tensor, session: SessionMemory,
 def carried_reading(model: NanoCTM, batch: Batch, turn: int) -> tuple[torch.Tensor, list[Thought]]:
     """The mixture read as sessions: sync carried from chunk to chunk, at times from before, at
     times across a cut. turn: which carrying step. -> what is learned (B, T), the thoughts."""
-    tokens, weight, before = (x[:carry_rows] for x in batch)
-    session = SessionMemory(model, len(tokens), chunk)
+    (tokens, weight, before), session = batch, SessionMemory(model, len(batch[0]), chunk)
     if share_of_steps(inherited_share, turn):
         session.start(inherited_session(model, before).sums)
     T = tokens.shape[1]
@@ -426,8 +425,9 @@ def carried_reading(model: NanoCTM, batch: Batch, turn: int) -> tuple[torch.Tens
 def carried_loss(model: NanoCTM, batch: Batch, step: int
                  ) -> tuple[torch.Tensor, dict, list[Thought]]:
     """Tick loss of the mixture read as sessions."""
+    batch = tuple(x[:carry_rows] for x in batch)
     weight, thoughts = carried_reading(model, batch, int(step * carry_share))
-    following, sizes = successors(batch[0][:carry_rows]), [t.read_tick.shape[1] for t in thoughts]
+    following, sizes = successors(batch[0]), [t.read_tick.shape[1] for t in thoughts]
     losses, reports = zip(*(model.tick_loss(t, f, w, other_tick) for t, f, w
                             in zip(thoughts, following.split(sizes, 1), weight.split(sizes, 1))
                             if (w > 0).any()))

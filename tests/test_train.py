@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train as training
-from conftest import randomised, same
+from conftest import randomised, same, some_tokens
 from memory import Lived, prediction_error
 from model import (BackboneConfig, Cache, CTMBlock, NanoCTM, ThoughtConfig, flops_per_token,
                    load_graft, successors, symmetric)
@@ -263,29 +263,28 @@ def test_life_writes_as_long_as_training_did_in_the_middle(model):
     assert (error @ model.ctm.engram.T).norm(dim=1).median() == pytest.approx(1, rel=1e-4)
 
 
-def test_moments_are_measured_at_the_end_of_the_keys_that_moved_them_in_training(model, monkeypatch):
+def test_moments_are_measured_of_the_keys_that_move_them_and_move_at_a_rate_of_their_own(
+        model, monkeypatch):
     """Where they are not, memory is read along other features than it was trained with."""
-    chance = torch.Generator().manual_seed(0)
-    told, asked = (torch.randint(model.backbone.config.vocab_size, (2, n), generator=chance)
-                   for n in (12, 16))
-    news, weight = torch.zeros(2, 12), torch.ones(2, 16)
-    news[:, 3:6], news[:, 8] = 1, 1                                 # two facts each, one of 3 pieces
-    weight[:, [4, 9]], weight[0, 13] = 4, -4                        # and one stranger
-    told_at = torch.tensor([[0, 3], [0, 8], [1, 3], [1, 8]])
-    asked_at = torch.tensor([[0, 4, 1], [0, 9, 0], [1, 4, 2], [1, 9, 3]])
-    e = data.Episodes(told, news, asked, weight, told_at, asked_at)
-    for name, value in (("moment_batches", 1), ("chunk", 4), ("through_write", True)):
+    told, asked, news, weight = (some_tokens(model, 2, 12), some_tokens(model, 2, 16),
+                                 torch.zeros(2, 12), torch.ones(2, 16))
+    news[:, [3, 4, 5, 8]], weight[:, [4, 9]], weight[0, 13] = 1, 4, -4
+    e = data.Episodes(told, news, asked, weight, torch.tensor([[0, 3], [0, 8], [1, 3], [1, 8]]),
+                      torch.tensor([[0, 4, 1], [0, 9, 0], [1, 4, 2], [1, 9, 3]]))
+    for name, value in (("moment_batches", 1), ("chunk", 4), ("carry_share", 1.0),
+                        ("baseline_rate", 0.0)):
         monkeypatch.setattr(training, name, value)
-    monkeypatch.setattr(training, "carry_share", 1.0)               # step 0 carries
     batch = told, torch.ones(2, 12).index_fill(1, torch.tensor(11), 0), told.flip(0)
-    report = training.phase3_loss(model, batch, e, e, 0)[1]
-    due = training.episode_loss(model, e, e, (torch.zeros(1, len(model.ctm.start_z)),
-                                              report["key"][:1]), False)[1]["due"]
+    key = training.phase3_loss(model, batch, e, e, 0)[1]["key"]
+    text = torch.zeros(1, len(model.ctm.start_z)), key[:1]
+    due = training.episode_loss(model, e, e, text, False)[1]["due"]
     training.measure_moments(model, SimpleNamespace(
         batch=lambda *_: [x.numpy() for x in batch],
         episodes=lambda *_: [x.numpy() for x in e]), "cpu")
-    for moment, key in ((model.ctm.key_moment, report["key"]), (model.ctm.due_moment, due)):
-        torch.testing.assert_close(moment, key.T @ key / key.shape[1] / len(key))
+    for moment, k in ((model.ctm.key_moment, key), (model.ctm.due_moment, due)):
+        torch.testing.assert_close(moment, k.T @ k / k.shape[1] / len(k))
+    training.apply_moment(moment.zero_(), key[:1] * 0 + 1, math.inf)
+    same(moment, torch.full_like(moment, training.moment_rate / len(moment)))
 
 
 def test_eta_is_as_loud_as_text_bears(sessions, monkeypatch):
