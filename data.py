@@ -344,7 +344,7 @@ class FactWorld:
         self.rng, self.lexicon = random.Random(seed), lexicon
         self.split, self.names, self.values = split, NAMES[split], VALUES[split]
         self.variety = 1.0  # share of statements not worded like answers
-        self.spliced = 0.5  # share of the lexicon's values that are made of two words
+        self.spliced = False  # are the lexicon's values made of two words?
 
     def facts(self, n: int, names: list[str] | None = None) -> list[Fact]:
         """`n` facts with distinct (name, relation): few relations over many people, so relations
@@ -401,14 +401,14 @@ class FactWorld:
                 else self.near_miss(fact, {f.name for f in told}))
 
     def _value(self, relation: str) -> str:
-        """One of the relation's values; in training, more often than not any word or one spliced
-        from two, an invented name, another relation's.
+        """One of the relation's values; in training, more often than not any word, an invented one,
+        another relation's.
 
         With closed sets alone a small model learns the set, and never says a value that it has not
         answered before.
         """
         chance = self.rng.random() if self.lexicon else 1.0
-        if chance < 0.35 * self.spliced:
+        if chance < 0.35 and self.spliced:
             first, last = self.rng.sample(self.lexicon, 2)
             word = first[:len(first) // 2 + 1] + last[len(last) // 2:]
             return first if word in HELD_OUT_VALUES else word
@@ -743,13 +743,13 @@ class Mixture:
         context.
 
         Every other time the names share a few first syllables. Sessions that ask also ask up to
-        four questions that no row's telling answers (`FactWorld.untold`). The lexicon's values are
-        all spliced, so that they have several pieces, as held-out ones do.
+        four questions that no row's telling answers (`FactWorld.untold`). Some values are spliced
+        from two words, so that they have several pieces, as held-out ones do.
         """
         rng = random.Random(f"{self.seed}/{self.split}/episodes/{key}")
         world = FactWorld(rng.getrandbits(64), self.split, self.lexicon)
         world.variety = min(1.0, max(0.0, key[0] / self.curriculum - 1)) if self.curriculum else 1.0
-        world.spliced = 1.0
+        world.spliced = True
         size = rng.choice(EPISODE_SIZES)
         rows = min(48, max(1, n_facts // size))
         names = world.namesakes(size * rows) if rng.random() < 0.5 else None

@@ -176,19 +176,18 @@ def test_what_nobody_told_is_not_known():
     assert len(prompts) == 20 and {f.value for f in asked} == {data.UNKNOWN}
 
 
-def test_namesakes_begin_alike_and_half_of_the_lexicons_values_are_spliced_into_new_words():
+def test_namesakes_begin_alike_and_spliced_values_are_new_words():
     world = data.FactWorld(4, lexicon=["table", "window", "garlic", "summer"])
     names = world.namesakes(40)
     assert 40 <= len(set(names)) == len(names) < 80
     assert sum(any(n.startswith(onset) for n in names) for onset in data.ONSETS) <= 3
-    made_of_two = {a[:len(a) // 2 + 1] + b[len(b) // 2:] for a in world.lexicon
-                   for b in world.lexicon if a != b}
-    values = [world._value("home") for _ in range(4000)]
-    spliced, plain = (sum(v in words for v in values) for words in (made_of_two, world.lexicon))
-    assert 0.8 < spliced / plain < 1.25 and made_of_two.isdisjoint(world.lexicon)
-    world.spliced = 1.0                                             # where they are told to memory
-    values = {world._value("home") for _ in range(1000)}
-    assert values >= made_of_two and values.isdisjoint(world.lexicon)
+    plain = {world._value("home") for _ in range(400)}
+    world.spliced = True
+    spliced = ({world._value("home") for _ in range(400)} - plain
+               - {v for vs in data.VALUES["train"].values() for v in vs}
+               - set(data.NAMES["train"]))
+    assert spliced <= {a[:len(a) // 2 + 1] + b[len(b) // 2:]
+                       for a in world.lexicon for b in world.lexicon} and len(spliced) > 6
 
 
 # -----------------------------------------------------------------------------
