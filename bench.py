@@ -6,6 +6,8 @@
     python bench.py memory --full       # and fair opponents, ablations, two hops, MQAR; kept part
                                         # by part, goes on where it was interrupted
     python bench.py endurance           # the store under fire: kills, flips, lies, four minutes
+    python bench.py loudness            # recall and text by how loud the write is, two minutes, for
+                                        # who trains: --first_seed=3 --seeds=6 leaves those above be
     python bench.py card                # after `make tiny`: what was trained, into weights/
 
 A table for people, and as the last line of standard output one JSON object with every figure, its
@@ -64,6 +66,8 @@ thinking = "weights/thinking.safetensors"   # block after phase 2: never learned
 picture = ""                                # of `memory`: file to plot recall by facts (matplotlib)
 tokenizer = "weights"
 seeds = 3                                   # samples of text and questions; spread is over these
+first_seed = 0                              # these: first_seed, first_seed + 1, ...
+louder = "1,1.1,1.2"                        # of `loudness`: times as loud as the graft writes
 rows = 24                                   # windows of held-out text per seed
 T = 256                                     # tokens per window
 questions = 100                             # of `quality`, per seed and number of facts
@@ -79,7 +83,12 @@ def one_process_each(tasks: int) -> ProcessPoolExecutor:
                                initargs=({k: globals()[k] for k in SETTINGS},))
 
 
-SETTINGS = ("base", "graft", "thinking", "tokenizer", "seeds", "rows", "T", "full_steps")
+SETTINGS = ("base", "graft", "thinking", "tokenizer", "seeds", "first_seed", "louder", "rows", "T",
+            "full_steps")
+
+
+def chosen_seeds() -> range:
+    return range(first_seed, first_seed + seeds)
 
 
 def begin(settings: dict) -> None:
@@ -255,7 +264,7 @@ def quality() -> dict:
         model.eval().requires_grad_(False)
     shape = models["graft"].backbone.config, models["graft"].ctm.config
     samples = []
-    for seed in range(seeds):
+    for seed in chosen_seeds():
         print(f"seed {seed}: text", file=sys.stderr)
         sample = text_figures(models, held_out, seed)
         for name in ("graft", "backbone"):
@@ -314,7 +323,7 @@ def depth_or_ticks() -> dict:
               "steps": full_steps}
     with one_process_each(2 * seeds) as pool:
         runs = {arm: [pool.submit(train_from_nothing, config, c, block, seed)
-                      for seed in range(seeds)]
+                      for seed in chosen_seeds()]
                 for arm, (config, block) in arms.items()}
         for arm, done in runs.items():
             result[arm] = spread([run.result() for run in done])
@@ -879,14 +888,14 @@ def measured(parts: dict) -> dict[str, list[float]]:
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in made_of)
                             + json.dumps([globals()[k] for k in SETTINGS]).encode())
     kept = Path("out/bench_memory") / digest.hexdigest()[:12]
-    tasks = [(name, seed) for name in reversed(parts) for seed in range(seeds)]  # longest first
+    tasks = [(name, seed) for name in reversed(parts) for seed in chosen_seeds()]  # longest first
     with one_process_each(len(tasks)) as pool:
         runs = {pool.submit(part_of, *task, kept / "{}-{}.json".format(*task) if full else None):
                 task for task in tasks}
         found = {runs[run]: run.result()
                  for run in tqdm(as_completed(runs), total=len(runs), unit="part")}
-    return {k: [found[name, seed][k] for seed in range(seeds)]
-            for name in parts for k in found[name, 0]}
+    return {k: [found[name, seed][k] for seed in chosen_seeds()]
+            for name in parts for k in found[name, first_seed]}
 
 
 def part_of(name: str, seed: int, file: Path | None) -> dict:
@@ -896,7 +905,7 @@ def part_of(name: str, seed: int, file: Path | None) -> dict:
     sample, dice = sample_of(seed)
     sample.world.rng.setstate(dice)
     torch.manual_seed(seed)
-    found = (PARTS | FULL_PARTS)[name](sample)
+    found = (PARTS | FULL_PARTS | LOUDNESS)[name](sample)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.with_suffix(".new").write_text(json.dumps(found))
@@ -974,6 +983,47 @@ def print_figures(found: dict[str, dict]) -> None:
         inside = (" .. ".join(f"{b:.3f}" for b in wilson(x["mean"], n * seeds))
                   if asked_of_all else "")
         print(f"{name:28s} {x['mean']:12.4f} {x['sd']:8.4f}   {inside}")
+
+
+# -----------------------------------------------------------------------------
+# how loud the write is
+
+def loudness() -> dict:
+    """What recall, strangers and text make of a write that is `louder` times as loud: for choosing
+    phase 3's `text_cost`. One memory is scaled, since W_m is linear in eta."""
+    amounts = times_as_loud()
+    found = {k: spread(xs) for k, xs in measured(LOUDNESS).items()}
+    print(f"{'times as loud':>13s} {'ten':>6s} {'namesakes':>9s} {'hundred':>7s} {'namesakes':>9s} "
+          f"{'text':>8s}")
+    for times in amounts:
+        ten, namesake, hundred, another, text = (found[f"{k}_{times}"]["mean"] for k in (
+            "10_paraphrase", "10_near_miss", "100_paraphrase", "100_near_miss", "text"))
+        print(f"{times:13g} {ten:6.1%} {namesake:9.1%} {hundred:7.1%} {another:9.1%} x{text:.4f}")
+    return found | {"questions": 100 * seeds}
+
+
+def times_as_loud() -> list[float]:
+    try:
+        return list(map(float, louder.split(",")))
+    except ValueError:
+        raise ValueError(f"expected numbers such as --louder=1,1.2, found {louder!r}") from None
+
+
+def loudness_figures(s: Sample) -> dict:
+    everybody, nats, found = list(range(len(s.facts))), s.nats(None), {}
+    for n, memories in ((10, [s.mind.write([f]) for f in s.factors]), (100, [s.whole])):
+        groups = batches(everybody, n)
+        asked = [q for which in groups for q in s.questions(which)]
+        for times in times_as_loud():
+            loud = [Plastic(times * m.weight) for m in memories]
+            right = s.graded_together(groups, s.mind.ask(asked, loud))
+            found |= {f"{n}_{k}_{times}": mean(right[k]) for k in ("paraphrase", "near_miss")}
+            if n == 100:
+                found[f"text_{times}"] = s.nats(loud[0]) / nats
+    return found
+
+
+LOUDNESS = {"loudness": loudness_figures}
 
 
 # -----------------------------------------------------------------------------
@@ -2014,7 +2064,8 @@ def card() -> dict:
     return about
 
 
-COMMANDS = {"quality": quality, "memory": memory, "endurance": endurance, "card": card}
+COMMANDS = {"quality": quality, "memory": memory, "endurance": endurance, "loudness": loudness,
+            "card": card}
 
 
 def main() -> None:
@@ -2034,7 +2085,7 @@ def main() -> None:
         print(f"note: this Python's documentation differs from the card's text ({expected[:12]}): "
               "nats are not comparable")
     print(json.dumps(found
-                     | {"text_sha256": text_sha256, "seeds": list(range(seeds)),
+                     | {"text_sha256": text_sha256, "seeds": list(chosen_seeds()),
                         "commit": configurator.commit(), "seconds": round(time.time() - since),
                         "python": platform.python_version(), "torch": torch.__version__,
                         "hardware": f"{platform.machine()} CPU"}))

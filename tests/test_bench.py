@@ -1,5 +1,6 @@
 """What the bench computes, against simple cases and against the model itself."""
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,18 @@ def test_an_opponent_learns_what_it_was_told_and_leaves_the_model_as_it_was(few,
                                                          taught.plastic, taught.before))
     assert sum(right["direct"] + right["paraphrase"]) >= 10 and taught.flops > 0
     assert all(torch.equal(v, before[k]) for k, v in few.mind.model.state_dict().items())
+
+
+def test_twice_as_loud_is_the_memory_twice_and_not_loud_at_all_is_none(few, monkeypatch):
+    monkeypatch.setattr(bench, "louder", "0,1")
+    found = bench.loudness_figures(few)
+    assert found["text_0.0"] == 1 != found["text_1.0"]
+    for n in (10, 100):                                             # few: both are of ten facts
+        assert found[f"{n}_paraphrase_1.0"] >= 0.6 > 0.1 >= found[f"{n}_paraphrase_0.0"]
+    eta, once = few.mind.ctm.log_eta.data, few.whole.weight
+    monkeypatch.setattr(few.mind.ctm.log_eta, "data", eta + math.log(2))
+    again = few.mind.write(few.mind.factors(few.texts[10])).weight
+    assert (again - 2 * once).norm() < 1e-3 * once.norm()
 
 
 def test_what_is_written_into_the_synapses_is_capped(few):
