@@ -9,12 +9,10 @@ TRAIN := .venv/bin/torchrun --standalone --nproc_per_node=2 train.py
 
 # One thread per process: on two busy cores two OpenMP threads cost several times the CPU time of one.
 # The MALLOC settings keep freed memory in the process; without them every large tensor is page-faulted in anew.
-# The tunable asks for huge pages, where glibc has it: 4 to 10 % less time a step of the control, the same losses (LOG.md).
 export OMP_NUM_THREADS = 1
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 16000000000
 export MALLOC_TOP_PAD_ = 268435456
-export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
 .PHONY: demo test tiny bench clean
 
