@@ -991,7 +991,7 @@ def print_figures(found: dict[str, dict]) -> None:
 def loudness() -> dict:
     """What recall, strangers and text make of a write that is `louder` times as loud: for choosing
     phase 3's `text_cost`. One memory is scaled, since W_m is linear in eta."""
-    amounts = times_as_loud()
+    amounts = times_as_loud()                                       # bad input, before the work
     found = {k: spread(xs) for k, xs in measured(LOUDNESS).items()}
     print(f"{'times as loud':>13s} {'ten':>6s} {'namesakes':>9s} {'hundred':>7s} {'namesakes':>9s} "
           f"{'text':>8s}")
@@ -1010,16 +1010,15 @@ def times_as_loud() -> list[float]:
 
 
 def loudness_figures(s: Sample) -> dict:
-    everybody, nats, found = list(range(len(s.facts))), s.nats(None), {}
+    found = {f"text_{times}": s.nats(Plastic(times * s.whole.weight)) / s.nats(None)
+             for times in times_as_loud()}
     for n, memories in ((10, [s.mind.write([f]) for f in s.factors]), (100, [s.whole])):
-        groups = batches(everybody, n)
+        groups = batches(list(range(len(s.facts))), n)
         asked = [q for which in groups for q in s.questions(which)]
         for times in times_as_loud():
             loud = [Plastic(times * m.weight) for m in memories]
             right = s.graded_together(groups, s.mind.ask(asked, loud))
             found |= {f"{n}_{k}_{times}": mean(right[k]) for k in ("paraphrase", "near_miss")}
-            if n == 100:
-                found[f"text_{times}"] = s.nats(loud[0]) / nats
     return found
 
 

@@ -63,9 +63,10 @@ def test_an_unknown_command_ends_with_one_line():
 
 
 def test_quality_prints_every_figure_as_its_last_line():
-    run = subprocess.run([sys.executable, "bench.py", "quality", "--seeds=1", "--rows=2",
-                          "--questions=4"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "bench.py", "quality", "--seeds=1", "--first_seed=2",
+                          "--rows=2", "--questions=4"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    assert "seed 2: text" in run.stderr and "seed 0" not in run.stderr
     found = json.loads(run.stdout.strip().split("\n")[-1])
     wanted = {"backbone_nats", "ffn_same_tokens_nats", "graft_nats", "ffn_deleted_nats",
               "graft_bits_per_byte", "nats_by_tick", "read_tick_entropy", "halting",
@@ -73,6 +74,7 @@ def test_quality_prints_every_figure_as_its_last_line():
               "trainable", "frozen", "seeds", "commit", "hardware"}
     ticks = json.loads((ROOT / "weights/card.json").read_text())["graft"]["config"]["ticks"]
     assert (wanted <= found.keys() and len(found["nats_by_tick"]) == ticks
+            and found["seeds"] == [2]
             and found["key_cosine_at_init"] < 0.5)
     assert (found["ffn_deleted_nats"] > found["graft_nats"] > 0
             and found["ffn_deleted_nats"] > found["thinking_nats"])
