@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -828,11 +828,13 @@ def carry_figures(mind: Mind, tokens: Tensor, chats: Tensor, seen: int = 32) -> 
     return {name: float(nats.nanmean()) for name, nats in found.items()}
 
 
-def write_cost(mind: Mind, texts: list[str]) -> dict:
+def write_cost(s: Sample) -> dict:
     """CPU seconds of reading and writing sessions, one after the other into one memory, over those
     of reading them: of each session its best of five, one read just before it is read and written,
     since one CPU is not as fast all the time; milliseconds of making the empty memory, which a
-    process does once."""
+    process does once. `measured` lets no other part run beside it, which would cost writing more
+    than reading (LOG.md)."""
+    mind, texts = s.mind, s.texts[10]
     taken = torch.zeros(5, len(texts), 2)
     for each in taken:
         pointing, plastic = [], Plastic.blank(mind.ctm)
@@ -870,18 +872,18 @@ def carry_part(s: Sample) -> dict:
     text = HeldOut(s.mind.words)
     chats = data.Mixture(s.mind.words, text.ids, T, 0.0, 1.0, s.seed, "held_out").batch(rows, 0)[0]
     return (carry_figures(s.mind, text.windows(s.seed, apart=True), torch.from_numpy(chats))
-            | write_cost(s.mind, s.texts[10])
             | {"untrained_100": untrained_recall(s)})
 
 
 PARTS = {"neighbours": neighbour_figures, "order": order_figures, "capacity": capacity_figures,
          "arms": arm_figures, "fine_tune": fine_tune_figures, "carry": carry_part,
-         "restart": written_figures}                                # the longer, the later
+         "restart": written_figures, "cost": write_cost}            # the longer, the later
 
 
 def measured(parts: dict) -> dict[str, list[float]]:
-    """Every figure of the parts, as a list over seeds. With --full each part is kept as it ends,
-    so that an interrupted run goes on."""
+    """Every figure of the parts, as a list over seeds: first what a write costs, by itself, then all
+    others side by side. With --full each part is kept as it ends, so that an interrupted run goes
+    on."""
     made_of = [Path(__file__).with_name(f"{name}.py")
                for name in ("bench", "data", "memory", "model", "train")]
     made_of += [Path(graft), Path(thinking)]
@@ -890,10 +892,13 @@ def measured(parts: dict) -> dict[str, list[float]]:
     kept = Path("out/bench_memory") / digest.hexdigest()[:12]
     tasks = [(name, seed) for name in reversed(parts) for seed in chosen_seeds()]  # longest first
     with one_process_each(len(tasks)) as pool:
-        runs = {pool.submit(part_of, *task, kept / "{}-{}.json".format(*task) if full else None):
-                task for task in tasks}
-        found = {runs[run]: run.result()
-                 for run in tqdm(as_completed(runs), total=len(runs), unit="part")}
+        def begun(task: tuple[str, int]) -> Future:
+            file = kept / "{}-{}.json".format(*task) if full else None
+            return pool.submit(part_of, *task, file)
+        found = {task: begun(task).result() for task in tasks if task[0] == "cost"}
+        runs = {begun(task): task for task in tasks if task not in found}
+        found |= {runs[run]: run.result()
+                  for run in tqdm(as_completed(runs), total=len(runs), unit="part")}
     return {k: [found[name, seed][k] for seed in chosen_seeds()]
             for name in parts for k in found[name, first_seed]}
 

@@ -3,6 +3,8 @@ import json
 import math
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,24 @@ def test_an_opponent_learns_what_it_was_told_and_leaves_the_model_as_it_was(few,
                                                          taught.plastic, taught.before))
     assert sum(right["direct"] + right["paraphrase"]) >= 10 and taught.flops > 0
     assert all(torch.equal(v, before[k]) for k, v in few.mind.model.state_dict().items())
+
+
+def test_nothing_runs_beside_what_a_write_costs(monkeypatch):
+    running, beside = [], {"cost": [], "other": []}
+
+    def part(name: str, seed: int, file: Path | None) -> dict:
+        running.append(name)
+        before = len(running)
+        time.sleep(0.05)
+        beside[name].append(max(before, len(running)))
+        running.remove(name)
+        return {name: float(seed)}
+
+    monkeypatch.setattr(bench, "one_process_each", lambda tasks: ThreadPoolExecutor(2))
+    monkeypatch.setattr(bench, "part_of", part)
+    monkeypatch.setattr(bench, "full", False)
+    assert bench.measured({"other": None, "cost": None})["other"] == [0.0, 1.0, 2.0]
+    assert beside["cost"] == [1, 1, 1] and max(beside["other"]) == 2
 
 
 def test_twice_as_loud_is_the_memory_twice_and_not_loud_at_all_is_none(few, monkeypatch):
