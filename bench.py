@@ -875,9 +875,9 @@ def carry_part(s: Sample) -> dict:
             | {"untrained_100": untrained_recall(s)})
 
 
-PARTS = {"neighbours": neighbour_figures, "order": order_figures, "capacity": capacity_figures,
-         "arms": arm_figures, "fine_tune": fine_tune_figures, "carry": carry_part,
-         "restart": written_figures, "cost": write_cost}            # the longer, the later
+PARTS = {"cost": write_cost, "neighbours": neighbour_figures, "order": order_figures,
+         "capacity": capacity_figures, "arms": arm_figures, "fine_tune": fine_tune_figures,
+         "carry": carry_part, "restart": written_figures}           # the longer, the later
 
 
 def measured(parts: dict) -> dict[str, list[float]]:
