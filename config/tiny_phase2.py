@@ -3,7 +3,7 @@ first imitation of an FFN, then the tick loss.
 
     torchrun --nproc_per_node=2 train.py config/tiny_phase2.py
     torchrun --nproc_per_node=2 train.py config/tiny_phase2.py \
-        --block=ffn --teacher=False --ffn= --imitation_steps=0 --max_steps=4650 \
+        --block=ffn --teacher=False --ffn= --imitation_steps=0 --max_steps=6650 \
         --lr=2e-3 --min_lr=1e-4 --out_dir=out/tiny_ffn  # before it: the control, its teacher
 """
 phase = 2
@@ -21,10 +21,10 @@ nlm_hidden = 4
 unet_step = 64
 block_head_dim = 64
 thinking_share = 0.75       # 192 of 256
-max_steps = 1000
+max_steps = 1400
 teacher = True              # the text, and what this FFN would say, half and half
 ffn = "out/tiny_ffn/last/graft.safetensors"
-imitation_steps = 500
+imitation_steps = 800
 lr = 5e-3
 min_lr = 1e-3               # phase 3 goes on from here
 eval_interval = 400
