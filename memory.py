@@ -184,7 +184,7 @@ class SessionMemory:
     def __init__(self, model: NanoCTM, rows: int, chunk: int = 32, threshold: float = 0.5,
                  expected: float = 0.1, budget: int = 64):
         """threshold of salience; expected: a token of fewer nats is no news, though it may be
-        salient; budget: factors at most."""
+        salient, unless the next one is salient, too; budget: factors at most."""
         if model.ctm is None:
             raise ValueError("expected a model with a CTM block, found one without: a session has "
                              "nothing to carry there")
@@ -291,9 +291,9 @@ class SessionMemory:
     @torch.no_grad()
     def _mark(self, lived: Lived, next_tokens: Tensor, eligible: Tensor, surprise: Tensor,
               reward: Tensor) -> None:
-        """Keep what is salient and came as news."""
+        """Keep what is salient."""
         salient = salience(self.model.ctm, lived.key)
-        eligible = eligible & (salient > self.threshold) & (surprise >= self.expected)
+        eligible = eligible & (salient > self.threshold)
         position = self.position[:, None] + lived.real.long().cumsum(1) - 1
         marked = Marked(lived.hidden, next_tokens, lived.key, surprise, reward, salient, position,
                         lived.tick)
@@ -307,8 +307,8 @@ class SessionMemory:
         self.filled = self.filled.masked_fill(rows, 0)
 
     def close(self) -> list[Factors]:
-        """End the session: the open chunk closes, and what was salient comes out, at most `budget`
-        a row, strongest first."""
+        """End the session: the open chunk closes, and what was salient and came as news comes out,
+        at most `budget` a row, strongest first."""
         if self.waiting is not None:  # a token without a successor weighs nothing
             self._pass(self.waiting.real.long().sum(1))
             self.waiting = None
@@ -327,8 +327,11 @@ class SessionMemory:
             return Factors(none.view(0, S), none.view(0, D), none, none, none, none.long(),
                            none.long())
         whole = Marked(*map(torch.cat, zip(*pieces)))
-        strength = whole.salience * whole.dopamine
-        strongest = strength.topk(min(self.budget, len(strength))).indices.sort().values
+        # a value that was half expected ("pea", then "cock") is kept whole, and its end is not
+        goes_on = torch.nn.functional.pad(whole.position.diff() == 1, (0, 1))
+        news = ((whole.surprise >= self.expected) | goes_on).nonzero()[:, 0]
+        strength = (whole.salience * whole.dopamine)[news]
+        strongest = news[strength.topk(min(self.budget, len(news))).indices].sort().values
         hidden, came, key, *figures = (x[strongest] for x in whole)
         return Factors(key / math.sqrt(key.shape[1]),
                        engrams(self.model, hidden, came, whole.dopamine[strongest]), *figures)

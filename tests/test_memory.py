@@ -171,14 +171,16 @@ def test_the_budget_keeps_the_strongest(model):
             and factors[0].position.tolist() == sorted(strength.topk(7).indices.tolist()))
 
 
-def test_what_was_expected_is_not_kept(model):
+def test_what_was_expected_is_kept_only_where_what_is_salient_goes_on(model):
     tokens = some_tokens(model, 1, 30)
-    (everything,) = read_session(model, tokens, threshold=0.0)[1]
-    middle = everything.surprise.median()
-    (news,) = read_session(model, tokens, threshold=0.0, expected=float(middle))[1]
-    kept = everything.surprise >= middle
-    assert 0 < kept.sum() < len(kept)
-    same(news.keys, everything.keys[kept])
+    (everything,) = read_session(model, tokens, chunk=8, threshold=0.0)[1]
+    salient, surprising = everything.salience.median(), everything.surprise.median()
+    (found,) = read_session(model, tokens, chunk=8, threshold=float(salient),
+                            expected=float(surprising))[1]
+    marked, news = everything.salience > salient, everything.surprise >= surprising
+    goes_on = torch.cat([marked[1:], torch.tensor([False])])
+    assert all((marked & ~news & x).any() for x in (goes_on, ~goes_on))
+    same(found.keys, everything.keys[marked & (news | goes_on)])
 
 
 # -----------------------------------------------------------------------------
