@@ -296,7 +296,7 @@ class ThoughtConfig:
     unet_step: int = 128        # widths of the synapse network fall by this much per layer
     bottleneck: int = 16
     head_dim: int = 128
-    expand: int = 7             # F / S: features of a key that memory reads; 0: the key itself
+    expand: int = 6             # F / S: features of a key that memory reads; 0: the key itself
 
 
 class UNet(nn.Module):
