@@ -1,4 +1,5 @@
 """What the bench computes, against simple cases and against the model itself."""
+import hashlib
 import json
 import math
 import subprocess
@@ -258,6 +259,15 @@ def test_no_lie_is_imported_and_a_full_disk_refuses(fire):
         assert found[name] == {"refused": attempts, "attempts": attempts, "exit": 0,
                                "as_before": True}
     assert found["second_writer_refused"]
+
+
+def test_the_shipped_card_is_of_the_weights_beside_it():
+    files = json.loads((ROOT / "weights/card.json").read_text())["files"]
+    assert files == {name: hashlib.sha256((ROOT / "weights" / name).read_bytes()).hexdigest()
+                     for name in files}
+    assert files.keys() == {str(p.relative_to(ROOT / "weights"))
+                            for p in (ROOT / "weights").rglob("*.*")
+                            if p.is_file() and p.suffix != ".svg"} - {"card.json"}
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
