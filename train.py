@@ -125,8 +125,7 @@ salience_weight = 0.5       # cross-entropy of salience with being a value that 
 baseline_rate = 0.01        # of the running mean and variance of y_out, at the full lr
 moment_rate = 0.02          # of the running second moments of keys, which whiten them
 moment_batches = 200        # at the end: two rows and 64 facts each, for what a write protects
-session_rows = 4800         # at the end: of text and mixture, for what a session says of its own;
-                            # 0: session_proj stays as it was
+session_rows = 4800         # at the end: of text and mixture, for what a session says of its own
 text_cost = 0.0             # at the end: of its nats, what text is to pay for a hundred facts, by
                             # eta; 0: eta stays as it was learned
 # machine
@@ -1000,11 +999,10 @@ def check_settings() -> None:
                              f"found {globals()[name]!r}: choose one of the two")
     for name in ("B", "T", "accumulation", "ticks", "history", "log_interval", "eval_interval",
                  "eval_rows", "eval_questions", "crowd_facts", "chunk", "cut_contexts",
-                 "carry_rows", "moment_batches"):
+                 "session_rows", "carry_rows", "moment_batches"):
         if globals()[name] < 1:
             raise ValueError(f"expected {name} of at least 1, found {globals()[name]}: raise it")
-    for name in ("max_steps", "stop_at", "imitation_steps", "expand", "train_expand",
-                 "session_rows"):
+    for name in ("max_steps", "stop_at", "imitation_steps", "expand", "train_expand"):
         if globals()[name] < 0:
             raise ValueError(f"expected {name} of at least 0, found {globals()[name]}: raise it")
     for name in ("carry_share", "cut_share", "inherited_share", "text_share", "told_share"):
@@ -1101,8 +1099,7 @@ def after_step(model: NanoCTM, mixture: data.Mixture, report: dict, step: int, d
         else:
             measure_moments(model, mixture, device)
             settle_length(model, mixture, device)
-        if session_rows:
-            settle_session(model, mixture, device)
+        settle_session(model, mixture, device)
         model.ctm.read_along(expand)
         if text_cost:
             settle_strength(model, mixture, device)

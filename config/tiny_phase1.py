@@ -10,7 +10,6 @@ text = "data/tiny"
 text_share = 0.2
 told_share = 0.1
 curriculum = 1000
-seed = 2
 B = 8                       # per process: 2 x 8 x 256 tokens a step
 T = 256
 max_steps = 6400

@@ -3,7 +3,7 @@ first imitation of an FFN, then the tick loss.
 
     torchrun --nproc_per_node=2 train.py config/tiny_phase2.py
     torchrun --nproc_per_node=2 train.py config/tiny_phase2.py \
-        --block=ffn --teacher=False --ffn= --imitation_steps=0 --max_steps=5500 \
+        --block=ffn --teacher=False --ffn= --imitation_steps=0 --max_steps=6650 \
         --lr=2e-3 --min_lr=1e-4 --out_dir=out/tiny_ffn  # before it: the control, its teacher
 """
 phase = 2
