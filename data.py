@@ -22,7 +22,7 @@ import json
 import random
 import re
 import sysconfig
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
@@ -682,6 +682,7 @@ class Mixture:
                              "set text_share=1.0")
         self.tokenizer, self.text, self.T, self.seed, self.split = tokenizer, text, T, seed, split
         self.text_share, self.told_share, self.curriculum = text_share, told_share, curriculum
+        self.encode = lru_cache(2**18)(tokenizer.encode)            # the same pieces come again
         self.lexicon = (lexicon(tokenizer.decode(text[:1_000_000].tolist()))
                         if split == "train" and text_share < 1 else None)
 
@@ -733,14 +734,14 @@ class Mixture:
         """Token ids of a session with its closing end-of-text, and the weight of each."""
         ids, weights = [], []
         for text, weight, _ in pieces:
-            piece = self.tokenizer.encode(text)
+            piece = self.encode(text)
             ids += piece
             weights += [weight] * len(piece)
         return [*ids, self.tokenizer.eot], [*weights, 0.0]
 
-    def episodes(self, n_facts: int, *key: int) -> "Episodes":
-        """About `n_facts` told in sessions of one size, at most 6 a session asked in a fresh
-        context.
+    def episodes(self, n_facts: int, *key: int, size: int = 0) -> "Episodes":
+        """About `n_facts` told in sessions of one size (0: by chance), at most 6 a session asked in
+        a fresh context.
 
         Every other time the names share a few first syllables. Sessions that ask also ask up to
         four questions that no row's telling answers (`FactWorld.untold`). Some values are spliced
@@ -750,7 +751,7 @@ class Mixture:
         world = FactWorld(rng.getrandbits(64), self.split, self.lexicon)
         world.variety = min(1.0, max(0.0, key[0] / self.curriculum - 1)) if self.curriculum else 1.0
         world.spliced = True
-        size = rng.choice(EPISODE_SIZES)
+        size = size or rng.choice(EPISODE_SIZES)
         rows = min(48, max(1, n_facts // size))
         names = world.namesakes(size * rows) if rng.random() < 0.5 else None
         facts, told, asked, told_at, asked_at = world.facts(size * rows, names), [], [], [], []
@@ -788,7 +789,7 @@ class Mixture:
         for text, weight, fact in pieces:
             if fact is not None:
                 values[fact] = len(ids) - 1
-            piece = self.tokenizer.encode(text)
+            piece = self.encode(text)
             ids += piece
             weights += [weight] * len(piece)
         return ids, [*weights[1:], 0.0], values

@@ -87,9 +87,26 @@ class RMSNorm(nn.Module):
         return self.weight * rms(x.float(), self.eps).to(x.dtype)
 
 
+class RMS(torch.autograd.Function):
+    """x scaled to unit root mean square over its last axis. Its derivative by hand: autograd's reads
+    and writes twice as much, which is what such a thing costs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(y := x * scale, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        y, scale = ctx.saved_tensors
+        along = (grad * y).mean(-1, keepdim=True)
+        return torch.addcmul(grad, y, along, value=-1).mul_(scale), None
+
+
 def rms(x: Tensor, eps: float) -> Tensor:
-    """x scaled to unit root mean square over its last axis."""
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return RMS.apply(x, eps)
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -271,7 +288,9 @@ class Cache:
         T, T_all = tokens.shape[1], real.shape[1]
         positions = (real.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
         allowed = None
-        if not bool(real.all()) or 1 < T < T_all:
+        # of rows that end in padding nothing real looks at it, and what it sees itself is no matter
+        follows = T == T_all and bool((real[:, 1:] <= real[:, :-1]).all())
+        if not (follows or T == 1 and bool(real.all())):
             before = torch.ones(T, T_all, dtype=torch.bool, device=tokens.device).tril(T_all - T)
             itself = torch.eye(T, dtype=torch.bool, device=tokens.device)
             allowed = before & real[:, None, :]
@@ -411,7 +430,7 @@ class TickState(NamedTuple):
     remember."""
     z: Tensor                           # (B T, D) post-activations
     trace: tuple[Tensor, ...]           # M pre-activations (D, B T), oldest first
-    alpha_out: Tensor                   # (B, T, S) fp32
+    alpha_out: Tensor                   # (B, T, S) fp32; before the first tick (B, 1, S) of zeros
     alpha_act: Tensor
     beta_out: Tensor                    # (S,) fp32, the same for every token
     beta_act: Tensor
@@ -482,8 +501,8 @@ class CTMBlock(nn.Module):
 
     def start(self, u: Tensor) -> TickState:
         B, T, D = u.shape
-        zero = torch.zeros(B, T, self.config.sync, device=u.device)
-
+        # one for a whole row, so that its tokens, still alike, share the first tick's query
+        zero = torch.zeros(B, 1, self.config.sync, device=u.device)
         z = self.start_z.to(u.dtype).expand(B * T, D).contiguous()
         trace = [x.to(u.dtype)[:, None].expand(D, B * T).contiguous() for x in self.start_trace]
         return TickState(z, tuple(trace), zero, zero.clone(), zero[0, 0], zero[0, 0])
@@ -514,7 +533,7 @@ class CTMBlock(nn.Module):
         a, z = self.think(mixed, s.z, *s.trace[1:])
 
         def paired(sync: Sync) -> Tensor:
-            return sync.pair(z).view_as(s.alpha_out)
+            return sync.pair(z).view(*u.shape[:2], -1)
         return TickState(z, (*s.trace[1:], a),
                          self.sync_out.r() * s.alpha_out + paired(self.sync_out),
                          self.sync_act.r() * s.alpha_act + paired(self.sync_act),
@@ -527,7 +546,8 @@ class CTMBlock(nn.Module):
         Without the division a few loud neurons own the key: one channel of 512 had half of all its
         power (LOG.md).
         """
-        return rms((y_out - self.baseline[k]) * torch.rsqrt(self.variance[k] + 1e-4), self.eps)
+        steep = torch.rsqrt(self.variance[k] + 1e-4)
+        return rms(torch.addcmul(-steep * self.baseline[k], y_out, steep), self.eps)
 
     def session_key(self, m: Tensor) -> Tensor:
         """What a session is about, m (B, 2, S) -> (B, S) fp32: the key of a thought that ends with
@@ -670,10 +690,11 @@ class Thought:
 
 
 def at_tick(per_tick: Tensor, tick: Tensor) -> Tensor:
-    """per_tick (B, T, K, ...), tick (B, T) -> (B, T, ...)"""
-    index = tick.view(*tick.shape, *[1] * (per_tick.dim() - 2))
-    index = index.expand(*tick.shape, 1, *per_tick.shape[3:])
-    return per_tick.gather(2, index).squeeze(2)
+    """per_tick (B, T, K, ...), tick (B, T) -> (B, T, ...); whole rows, since `gather` goes number by
+    number."""
+    first = torch.arange(tick.numel(), device=tick.device) * per_tick.shape[2]
+    return (per_tick.flatten(0, 2).index_select(0, first + tick.flatten())
+            .view(*tick.shape, *per_tick.shape[3:]))
 
 
 def take(x: Tensor, where: Tensor) -> Tensor:
@@ -702,15 +723,25 @@ class Ticks(NamedTuple):
 @torch.no_grad()
 def mean_and_square(ticks: Ticks) -> Tensor:
     """(2, K, S): mean of y_out over real tokens and of its square, for CTMBlock.settle."""
-    real = [y[ticks.real] for y in ticks.y_out]
-    return torch.stack([torch.stack([y.mean(0) for y in real]),
-                        torch.stack([y.pow(2).mean(0) for y in real])])
+    share = (ticks.real / ticks.real.sum()).flatten()
+    flat = [y.flatten(0, 1) for y in ticks.y_out]
+    return torch.stack([torch.stack([share @ y for y in flat]),
+                        torch.stack([share @ y.square() for y in flat])])
 
 
 def successors(tokens: Tensor) -> Tensor:
     """The token after each of tokens (B, T); -1 after the last one, and for padding."""
     following = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], 1)
     return following.masked_fill(tokens < 0, -1)
+
+
+def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (..., V) fp32 -> probabilities, and the log of what they are divided by, (..., 1): log p
+    is logits - that. The exponential is what costs, here it is one."""
+    top = logits.amax(-1, keepdim=True)
+    p = (logits - top).exp_()
+    total = p.sum(-1, keepdim=True)
+    return p.div_(total), top + total.log()
 
 
 class FusedCrossEntropy(torch.autograd.Function):
@@ -732,17 +763,18 @@ class FusedCrossEntropy(torch.autograd.Function):
                 x.split(n), targets[:, None, None].expand(*x.shape[:2], 1).split(n),
                 (weight[:, None, None] / x.shape[1]).split(n),
                 repeat(None) if teacher is None else teacher.split(n)):
-            logits = F.linear(piece.flatten(0, 1), embedding)
-            log_p = logits.float().log_softmax(-1).view(*piece.shape[:2], len(embedding))
-            nats.append(-log_p.gather(-1, came).squeeze(-1))
-            each, off = hard * nats[-1], log_p.exp()                # off: by how much, p - q
+            read = F.linear(piece.flatten(0, 1), embedding)
+            logits = read.float().view(*piece.shape[:2], len(embedding))
+            off, log_total = softmax(logits)                        # off: by how much, p - q
+            nats.append((log_total - logits.gather(-1, came)).squeeze(-1))
+            each = hard * nats[-1]
             off.scatter_add_(-1, came, torch.full_like(off[..., :1], -hard))
             if taught is not None:
                 soft = F.linear(taught, embedding).float().softmax(-1)[:, None]
-                each = each - (1 - hard) * (soft * log_p).sum(-1)
+                each = each - (1 - hard) * ((soft * logits).sum(-1) - log_total.squeeze(-1))
                 off.sub_(soft, alpha=1 - hard)
             loss = loss + (each * share[..., 0]).sum()
-            off = off.mul_(share).flatten(0, 1).to(logits.dtype)
+            off = off.mul_(share).flatten(0, 1).to(read.dtype)
             of_x.append((off @ embedding).to(x.dtype).view_as(piece))
             if of_embedding is not None:
                 of_embedding.addmm_(off.T.to(embedding.dtype), piece.flatten(0, 1).to(embedding))
@@ -859,9 +891,10 @@ class NanoCTM(nn.Module):
         certainty, nats = [], []
         n = self.rows_at_once(flat)
         for piece, target in zip(flat.split(n), wanted.split(n)):
-            log_p = self.head(piece).float().log_softmax(-1)
-            nats.append(-log_p.gather(1, target[:, None]).squeeze(1))
-            certainty.append(1 + (log_p.exp() * log_p).sum(-1) / math.log(V))
+            logits = self.head(piece).float()
+            p, log_total = softmax(logits)
+            nats.append((log_total - logits.gather(1, target[:, None])).squeeze(1))
+            certainty.append(1 + ((p * logits).sum(-1) - log_total.squeeze(1)) / math.log(V))
         return torch.cat(certainty).view(hidden.shape[:-1]), torch.cat(nats).view(hidden.shape[:-1])
 
     def measure(self, t: Ticks, targets: Tensor, plastic: Tensor | None = None,
@@ -963,7 +996,8 @@ def flops_per_token(b: BackboneConfig, c: ThoughtConfig, T: int) -> dict[str, in
     """FLOPs of one token's forward pass in a window of T: matrix products only, 2 per multiply-add,
     attention over all T positions (a causal kernel does half). `block_*` are the parts of `block`.
     Certainty is read off the LM head at every tick: the block's cost, but for the one reading,
-    `head`, that every model needs. `memory`: what reading one adds, at every tick."""
+    `head`, that every model needs. The first tick's query counts, too, though a row that is read at
+    once makes it only once. `memory`: what reading one adds, at every tick."""
     D, K, S, h = b.hidden_size, c.ticks, c.sync, c.nlm_hidden
     q, kv = b.num_attention_heads * b.head_dim, b.num_key_value_heads * b.head_dim
     with torch.device("meta"):

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import random
 import resource
 import shutil
 import time
@@ -26,6 +27,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -125,7 +127,8 @@ salience_weight = 0.5       # cross-entropy of salience with being a value that 
 baseline_rate = 0.01        # of the running mean and variance of y_out, at the full lr
 moment_rate = 0.02          # of the running second moments of keys, which whiten them
 moment_batches = 200        # at the end: two rows and 64 facts each, for what a write protects
-session_rows = 4800         # at the end: of text and mixture, for what a session says of its own
+session_rows = 4800         # at the end: of text and mixture, for what a session says of its own;
+                            # 0: session_proj stays as it was
 text_cost = 0.0             # at the end: of its nats, what text is to pay for a hundred facts, by
                             # eta; 0: eta stays as it was learned
 # machine
@@ -378,8 +381,12 @@ def inherited_session(model: NanoCTM, before: torch.Tensor) -> SessionMemory:
     with torch.no_grad():
         real = (before >= 0).sum(1, keepdim=True)                   # right-padded: last 64 tokens
         last = real - 64 + torch.arange(64, device=before.device)
-        return read_session(
-            model, before.gather(1, last.clamp(min=0)).masked_fill(last < 0, -1), chunk)[0]
+        session = SessionMemory(model, len(before), chunk)
+        for _ in read_in_chunks(
+                model, before.gather(1, last.clamp(min=0)).masked_fill(last < 0, -1), session):
+            pass
+        session.close()
+        return session
 
 
 # -----------------------------------------------------------------------------
@@ -450,7 +457,7 @@ def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, crowd: data.E
         report["key"] = lived.key[lived.real].detach()              # whole rows: ordinary reading
     if through_write and not keep_due and share_of_steps(full_share, step):
         extra, more = episode_loss(
-            model, told, crowd, (lived.hidden[lived.real], lived.key[lived.real]), carrying)
+            model, told, crowd, (lived.hidden[lived.real], lived.key[lived.real]), carrying, step)
         loss, report = loss + episode_weight * extra, report | more
     if keep_due:
         loss = loss + keep_due * change_where_due(model.ctm)
@@ -470,7 +477,7 @@ def all_lived(thoughts: list[Thought]) -> Lived:
 
 
 def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: tuple,
-                 carrying: bool) -> tuple[torch.Tensor, dict]:
+                 carrying: bool, step: int) -> tuple[torch.Tensor, dict]:
     """Tell session A, write, ask session B in a fresh context: tick loss on its answers, what each
     question reads, contrast of keys, locality. On carrying steps B is warm-started with A's sync,
     as a living session may be."""
@@ -479,16 +486,16 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
                          math.sqrt(lived.key.shape[-1]))
     own = telling(model, lived, following, known)
     keys, values, salient = map(torch.cat, zip(own, crowd_factors(model, crowd)))
-    mind_of_row = shared_memories(len(e.told)).to(keys.device)      # (B,) memory written and asked
+    mind_of_row = shared_memories(len(e.told), step).to(keys.device)      # (B,) memory written and asked
     mind = F.pad(mind_of_row[:, None].expand_as(known)[known],
                  (0, len(keys) - len(own[0])))                      # of each factor; crowd's: first
     several = bool(mind_of_row.any())
     with torch.autocast(keys.device.type, enabled=False):           # solving is no affair of bf16
         reader = written(model.ctm, model.ctm.features(keys.float()), salient.float(), mind)
-        heard = (mind_of_row[:, None] == mind).float()              # (B, factors)
-        each = [values[mind == i].T @ reader[:, mind == i].T
+        heard, said = (mind_of_row[:, None] == mind).float(), reader.said(values.float())
+        each = [said[mind == i].T @ reader.toward[:, mind == i].T
                 for i in range(int(mind_of_row.max()) + 1)]
-        plastic = torch.stack(each)[mind_of_row] if several else each[0]
+        plastic = torch.stack(each).index_select(0, mind_of_row) if several else each[0]
 
     where = due_first((e.weight < 0) | (e.weight > 1), e.weight > 0)
     ticks, after = (model.ticks(*model.trunk(e.asked), m=m, where=where),
@@ -506,8 +513,8 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
     contrast = F.cross_entropy(contrast_scale * agreement, fact)
     spot = (known.flatten().cumsum(0) - 1).view_as(known)[rows, at] # of each fact among the factors
     with torch.autocast(keys.device.type, enabled=False):           # (questions+strangers, factors)
-        found = (model.ctm.features(torch.cat([asked_keys, strange_keys]).float()) @ reader
-                 * heard[torch.cat([row, nobody])])
+        found = reader.reads(model.ctm.features(torch.cat([asked_keys, strange_keys]).float())
+                             ) * heard[torch.cat([row, nobody])]
     text_hidden, text_key = text
     few = torch.randperm(len(text_key))[:128].to(text_key.device)
     local = locality_loss(model, text_hidden[few],
@@ -604,16 +611,33 @@ def place(where: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         1, where, torch.arange(where.shape[1]).to(where).expand_as(where))
 
 
-def shared_memories(rows: int) -> torch.Tensor:
-    """(rows,) numbers of the memories that rows share:
+def shared_memories(rows: int, step: int) -> torch.Tensor:
+    """(rows,) numbers of the memories that rows share, the same in all processes of a step:
     half the time all the same one, else four, or each row its own."""
-    return torch.arange(rows) % (1, 1, 4, rows)[int(torch.randint(4, ()))]
+    return torch.arange(rows) % random.Random(f"{seed}/memories/{step}").choice((1, 1, 4, rows))
+
+
+class Reader(NamedTuple):
+    """How a memory of n factors reads phi (m, F): phi toward mixing^-1, so much of each factor. What
+    has F columns is never solved for: it is the widest of all."""
+    toward: torch.Tensor                # (F, n)
+    mixing: torch.Tensor | None         # (n, n) fp64; None: factors do not mix
+
+    def reads(self, phi: torch.Tensor) -> torch.Tensor:
+        """phi (m, F) -> (m, n)."""
+        found = phi @ self.toward
+        return (found if self.mixing is None else
+                torch.linalg.solve(self.mixing, found.double(), left=False).float())
+
+    def said(self, values: torch.Tensor) -> torch.Tensor:
+        """values (n, D) -> (n, D), what stands for them in W_m = said' toward'."""
+        return (values if self.mixing is None else
+                torch.linalg.solve(self.mixing, values.double()).float())
 
 
 def written(ctm: CTMBlock, keys: torch.Tensor, salient: torch.Tensor,
-            mind: torch.Tensor | None = None) -> torch.Tensor:
-    """Where the factors are, phi (n, F) -> the reader (F, n), with gradients:
-    phi reads phi' reader of each factor, and W_m = values' reader'.
+            mind: torch.Tensor | None = None) -> Reader:
+    """Where the factors are, phi (n, F) -> their reader, with gradients.
 
     "sum" is linear attention over the factors. "solved" is what the living rule arrives at when it
     may look at all factors at once: W K' = V by ridge regression, protected alike, each factor
@@ -621,23 +645,22 @@ def written(ctm: CTMBlock, keys: torch.Tensor, salient: torch.Tensor,
     mind (n,): which of several memories, solved side by side, each factor belongs to.
     """
     if write_rule == "sum":
-        return keys.T
-    keys, salient = keys.double(), salient.double()                 # small ridge: fp32 won't do
+        return Reader(keys.T, None)
     rule = WriteRule(n0=write_n0, ridge=write_ridge)
-    toward = empty_projector(ctm, rule).along(keys)[0].T            # (F, n)
+    toward = empty_projector(ctm, rule).along(keys.double())[0].T.to(keys)  # its sums cancel: fp64
     alike = keys @ toward
     if mind is not None:
         alike = alike * (mind[:, None] == mind)
-    itself = torch.eye(len(keys)).to(keys)
     # values carry their salience already
-    return torch.linalg.solve(itself + salient[:, None] * alike, toward, left=False).float()
+    return Reader(toward, torch.eye(len(keys)).to(keys).double() + salient[:, None] * alike)
 
 
 def remembered(model: NanoCTM, lived: Lived, following: torch.Tensor,
                known: torch.Tensor) -> torch.Tensor:
     """What was lived (B, n), as one memory W_m (D, F), with gradients."""
     keys, values, salient = telling(model, lived, following, known)
-    return values.T @ written(model.ctm, model.ctm.features(keys), salient).T
+    reader = written(model.ctm, model.ctm.features(keys), salient)
+    return reader.said(values).T @ reader.toward.T
 
 
 def locality_loss(model: NanoCTM, hidden: torch.Tensor, aid: torch.Tensor) -> torch.Tensor:
@@ -999,10 +1022,11 @@ def check_settings() -> None:
                              f"found {globals()[name]!r}: choose one of the two")
     for name in ("B", "T", "accumulation", "ticks", "history", "log_interval", "eval_interval",
                  "eval_rows", "eval_questions", "crowd_facts", "chunk", "cut_contexts",
-                 "session_rows", "carry_rows", "moment_batches"):
+                 "carry_rows", "moment_batches"):
         if globals()[name] < 1:
             raise ValueError(f"expected {name} of at least 1, found {globals()[name]}: raise it")
-    for name in ("max_steps", "stop_at", "imitation_steps", "expand", "train_expand"):
+    for name in ("max_steps", "stop_at", "imitation_steps", "expand", "train_expand",
+                 "session_rows"):
         if globals()[name] < 0:
             raise ValueError(f"expected {name} of at least 0, found {globals()[name]}: raise it")
     for name in ("carry_share", "cut_share", "inherited_share", "text_share", "told_share"):
@@ -1051,7 +1075,8 @@ def prepare(device: str) -> tuple[NanoCTM, data.Mixture, data.Mixture, str]:
 
 class Material(torch.utils.data.Dataset):
     """What a process learns from, micro-batch by micro-batch: the mixture, and in phase 3 who is
-    told and who else is known. A function of the number alone, so that others may make it ahead."""
+    told and who else is known. A function of the number alone, so that others may make it ahead.
+    Sessions of a step are of one size in all processes, or the quicker ones would wait."""
 
     def __init__(self, mixture: data.Mixture, rank: int):
         self.mixture, self.rank = copy.copy(mixture), rank
@@ -1063,8 +1088,9 @@ class Material(torch.utils.data.Dataset):
         shares = (() if phase < 3 else
                   (carry_facts, episode_facts - carry_facts + crowd_facts)
                   if share_of_steps(carry_share, key[0]) else (episode_facts, crowd_facts))
+        size = random.Random(f"{seed}/size/{key[0]}").choice(data.EPISODE_SIZES)
         return (self.mixture.batch(B, *key),
-                *(self.mixture.episodes(n, *key, part) for part, n in enumerate(shares)))
+                *(self.mixture.episodes(n, *key, part, size=size) for part, n in enumerate(shares)))
 
 
 def material(mixture: data.Mixture, rank: int, steps: range) -> Iterator[list]:
@@ -1099,7 +1125,8 @@ def after_step(model: NanoCTM, mixture: data.Mixture, report: dict, step: int, d
         else:
             measure_moments(model, mixture, device)
             settle_length(model, mixture, device)
-        settle_session(model, mixture, device)
+        if session_rows:
+            settle_session(model, mixture, device)
         model.ctm.read_along(expand)
         if text_cost:
             settle_strength(model, mixture, device)

@@ -8,8 +8,8 @@ from torch._dynamo.testing import CompileCounter
 
 from conftest import SHAPES, randomised, same, some_memory, some_tokens
 from memory import SessionMemory, dopamine, read_session
-from model import (HEAD_ENTRIES, BackboneConfig, CTMBlock, NanoCTM, Sync, ThoughtConfig, generate,
-                   load_backbone, load_graft, mean_and_square, save_backbone, save_graft)
+from model import (HEAD_ENTRIES, BackboneConfig, Cache, CTMBlock, NanoCTM, Sync, ThoughtConfig,
+                   generate, load_backbone, load_graft, mean_and_square, rms, save_backbone, save_graft)
 
 # -----------------------------------------------------------------------------
 # invariant 1: the backbone is Qwen3
@@ -104,6 +104,23 @@ def test_token_by_token_equals_one_parallel_pass_with_padding(model, halt):
             assert torch.equal(s.read_tick[real, 0], whole.read_tick[real, t])
             same(s.logits[real, 0], whole.logits[real, t])
             same(s.delta_alpha[real, 0], whole.delta_alpha[real, t])
+
+
+def test_rows_that_end_in_padding_think_as_they_do_alone(model):
+    """Without a mask, which keeps a GPU's fastest attention away."""
+    tokens = some_tokens(model, 3, 24)
+    tokens[1, 9:], tokens[2, 23:] = -1, -1
+    assert Cache().places(tokens, (16, 16), 1e4)[0].allowed is None
+    together = model(tokens)
+    for row, n in enumerate((24, 9, 23)):
+        alone = model(tokens[row:row + 1, :n])
+        same(together.hidden[row, :n], alone.hidden[0])
+        same(together.delta_alpha[row, :n], alone.delta_alpha[0])
+
+
+def test_the_derivative_of_rms_is_its_own():
+    x = torch.randn(3, 4, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rms(x, 1e-3), x)
 
 
 @pytest.mark.parametrize("split", [1, 9, 23])
