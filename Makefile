@@ -44,6 +44,7 @@ test: .venv/installed
 	$(RUN) -m pytest -q -n 2 --dist=loadfile
 
 # a part of phase 3: from which folder of out/, to which; SLOWLY: as it is near its end, all of the text thought about
+# (what a session says, session_proj, is measured at the end of the last one alone)
 PART = $(TRAIN) config/tiny_phase3.py --device=cpu --graft=out/$(1)/last/graft.safetensors --out_dir=out/$(2)
 SLOWLY = --thinking_share=1 --warmup_steps=30 --min_lr=1e-5
 
@@ -55,7 +56,7 @@ tiny: .venv/installed
 	$(call PART,tiny_phase2,tiny_phase3_1) --stop_at=1990
 	$(call PART,tiny_phase3_1,tiny_phase3_2) --max_steps=1000 --stop_at=990 --lr=8e-4 --warmup_steps=50 --seed=3 --thinking_share=0.375 --full_share=1 --episode_weight=0.4
 	$(call PART,tiny_phase3_2,tiny_phase3_3) $(SLOWLY) --max_steps=600 --stop_at=590 --lr=8e-4 --seed=5 --full_share=0.8 --episode_weight=0.06 --locality_weight=3 --baseline_rate=0.0027 --input_ridge=0.01
-	$(call PART,tiny_phase3_3,tiny_phase3_4) $(SLOWLY) --max_steps=950 --lr=4e-4 --seed=6 --full_share=1 --episode_weight=0.3 --locality_weight=3 --baseline_rate=0.0015
+	$(call PART,tiny_phase3_3,tiny_phase3_4) $(SLOWLY) --max_steps=950 --lr=4e-4 --seed=6 --full_share=1 --episode_weight=0.3 --locality_weight=3 --baseline_rate=0.0015 --session_rows=0
 	$(call PART,tiny_phase3_4,tiny_phase3) $(SLOWLY) --max_steps=300 --lr=1e-3 --seed=7 --keep_due=3e-4 --input_ridge=1e-3 --carry_share=0 --text_cost=0.0047
 	$(RUN) bench.py card
 

@@ -738,10 +738,8 @@ def successors(tokens: Tensor) -> Tensor:
 def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """logits (..., V) fp32 -> probabilities, and the log of what they are divided by, (..., 1): log p
     is logits - that. The exponential is what costs, here it is one."""
-    top = logits.amax(-1, keepdim=True)
-    p = (logits - top).exp_()
-    total = p.sum(-1, keepdim=True)
-    return p.div_(total), top + total.log()
+    p = logits.softmax(-1)
+    return p, logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
 
 
 class FusedCrossEntropy(torch.autograd.Function):
