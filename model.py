@@ -88,8 +88,8 @@ class RMSNorm(nn.Module):
 
 
 class RMS(torch.autograd.Function):
-    """x scaled to unit root mean square over its last axis. Its derivative by hand: autograd's reads
-    and writes twice as much, which is what such a thing costs."""
+    """x scaled to unit root mean square over its last axis. Its derivative is made by hand, since
+    autograd's reads and writes twice as much, which is what such a thing costs."""
 
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:
@@ -736,8 +736,8 @@ def successors(tokens: Tensor) -> Tensor:
 
 
 def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (..., V) fp32 -> probabilities, and the log of what they are divided by, (..., 1): log p
-    is logits - that. The exponential is what costs, here it is one."""
+    """logits (..., V) fp32 -> probabilities, and the log of what they are divided by, (..., 1):
+    log p is logits - that. The exponential is what costs, here it is one."""
     p = logits.softmax(-1)
     return p, logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
 

@@ -457,7 +457,7 @@ def phase3_loss(model: NanoCTM, batch: Batch, told: data.Episodes, crowd: data.E
         report["key"] = lived.key[lived.real].detach()              # whole rows: ordinary reading
     if through_write and not keep_due and share_of_steps(full_share, step):
         extra, more = episode_loss(
-            model, told, crowd, (lived.hidden[lived.real], lived.key[lived.real]), carrying, step)
+            model, told, crowd, (lived.hidden[lived.real], lived.key[lived.real]), carrying)
         loss, report = loss + episode_weight * extra, report | more
     if keep_due:
         loss = loss + keep_due * change_where_due(model.ctm)
@@ -477,7 +477,7 @@ def all_lived(thoughts: list[Thought]) -> Lived:
 
 
 def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: tuple,
-                 carrying: bool, step: int) -> tuple[torch.Tensor, dict]:
+                 carrying: bool) -> tuple[torch.Tensor, dict]:
     """Tell session A, write, ask session B in a fresh context: tick loss on its answers, what each
     question reads, contrast of keys, locality. On carrying steps B is warm-started with A's sync,
     as a living session may be."""
@@ -486,7 +486,7 @@ def episode_loss(model: NanoCTM, e: data.Episodes, crowd: data.Episodes, text: t
                          math.sqrt(lived.key.shape[-1]))
     own = telling(model, lived, following, known)
     keys, values, salient = map(torch.cat, zip(own, crowd_factors(model, crowd)))
-    mind_of_row = shared_memories(len(e.told), step).to(keys.device)      # (B,) memory written and asked
+    mind_of_row = shared_memories(len(e.told)).to(keys.device)      # (B,) memory written and asked
     mind = F.pad(mind_of_row[:, None].expand_as(known)[known],
                  (0, len(keys) - len(own[0])))                      # of each factor; crowd's: first
     several = bool(mind_of_row.any())
@@ -611,10 +611,10 @@ def place(where: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         1, where, torch.arange(where.shape[1]).to(where).expand_as(where))
 
 
-def shared_memories(rows: int, step: int) -> torch.Tensor:
-    """(rows,) numbers of the memories that rows share, the same in all processes of a step:
+def shared_memories(rows: int) -> torch.Tensor:
+    """(rows,) numbers of the memories that rows share:
     half the time all the same one, else four, or each row its own."""
-    return torch.arange(rows) % random.Random(f"{seed}/memories/{step}").choice((1, 1, 4, rows))
+    return torch.arange(rows) % (1, 1, 4, rows)[int(torch.randint(4, ()))]
 
 
 class Reader(NamedTuple):
@@ -1076,7 +1076,7 @@ def prepare(device: str) -> tuple[NanoCTM, data.Mixture, data.Mixture, str]:
 class Material(torch.utils.data.Dataset):
     """What a process learns from, micro-batch by micro-batch: the mixture, and in phase 3 who is
     told and who else is known. A function of the number alone, so that others may make it ahead.
-    Sessions of a step are of one size in all processes, or the quicker ones would wait."""
+    Sessions of one number are of one size in all processes, or the quicker ones would wait."""
 
     def __init__(self, mixture: data.Mixture, rank: int):
         self.mixture, self.rank = copy.copy(mixture), rank
@@ -1088,7 +1088,7 @@ class Material(torch.utils.data.Dataset):
         shares = (() if phase < 3 else
                   (carry_facts, episode_facts - carry_facts + crowd_facts)
                   if share_of_steps(carry_share, key[0]) else (episode_facts, crowd_facts))
-        size = random.Random(f"{seed}/size/{key[0]}").choice(data.EPISODE_SIZES)
+        size = random.Random(f"{seed}/size/{i}").choice(data.EPISODE_SIZES)
         return (self.mixture.batch(B, *key),
                 *(self.mixture.episodes(n, *key, part, size=size) for part, n in enumerate(shares)))
 

@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounter
 from conftest import SHAPES, randomised, same, some_memory, some_tokens
 from memory import SessionMemory, dopamine, read_session
 from model import (HEAD_ENTRIES, BackboneConfig, Cache, CTMBlock, NanoCTM, Sync, ThoughtConfig,
-                   generate, load_backbone, load_graft, mean_and_square, rms, save_backbone, save_graft)
+                   generate, load_backbone, load_graft, mean_and_square, rms, save_backbone,
+                   save_graft)
 
 # -----------------------------------------------------------------------------
 # invariant 1: the backbone is Qwen3

@@ -279,7 +279,7 @@ def test_moments_are_measured_of_the_keys_that_move_them_and_move_at_a_rate_of_t
     batch = told, torch.ones(2, 12).index_fill(1, torch.tensor(11), 0), told.flip(0)
     key = training.phase3_loss(model, batch, e, e, 0)[1]["key"]
     text = torch.zeros(1, len(model.ctm.start_z)), key[:1]
-    due = training.episode_loss(model, e, e, text, False, 0)[1]["due"]
+    due = training.episode_loss(model, e, e, text, False)[1]["due"]
     training.measure_moments(model, SimpleNamespace(
         batch=lambda *_: [x.numpy() for x in batch],
         episodes=lambda *_: [x.numpy() for x in e]), "cpu")
