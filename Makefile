@@ -51,7 +51,7 @@ SLOWLY = --thinking_share=1 --warmup_steps=30 --min_lr=1e-5
 tiny: .venv/installed
 	$(RUN) data.py --train_vocab=2048 --tokenizer=out/tokenizer --out=data/tiny
 	$(TRAIN) config/tiny_phase1.py --device=cpu
-	$(TRAIN) config/tiny_phase2.py --device=cpu --block=ffn --teacher=False --ffn= --out_dir=out/tiny_ffn --imitation_steps=0 --max_steps=6650 --lr=2e-3 --min_lr=1e-4
+	$(TRAIN) config/tiny_phase2.py --device=cpu --block=ffn --teacher=False --ffn= --out_dir=out/tiny_ffn --imitation_steps=0 --max_steps=6220 --lr=2e-3 --min_lr=1e-4
 	$(TRAIN) config/tiny_phase2.py --device=cpu
 	$(call PART,tiny_phase2,tiny_phase3_1) --stop_at=1990
 	$(call PART,tiny_phase3_1,tiny_phase3_2) --max_steps=1000 --stop_at=990 --lr=8e-4 --warmup_steps=50 --seed=3 --thinking_share=0.375 --full_share=1 --episode_weight=0.4

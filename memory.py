@@ -240,7 +240,7 @@ class SessionMemory:
                 lived, piece = lived.columns(0, -1), slice(piece.start, T - 1)
             self._take_in(lived, following[:, piece], outside[:, piece])
         return (thought if plastic is None else
-                self.model.measure(ticks.last(), following[:, -1:], plastic, halt))
+                self.model.measure(ticks.at(slice(-1, None)), following[:, -1:], plastic, halt))
 
     def _within_context(self, cache: Cache) -> Cache:
         """At a chunk's beginning, drop keys and values that leave no room for another chunk; the

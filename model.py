@@ -713,11 +713,10 @@ class Ticks(NamedTuple):
     cache: Cache
     real: Tensor                        # (B, T) bool, False for padding
 
-    def last(self) -> "Ticks":
-        """Those of the last position, where an answer begins."""
-        h, out, keys, _, alpha, beta, _, real = self
-        return Ticks(h[:, -1:], out[:, -1:], keys[:, -1:], None, alpha[:, -1:], beta[:, -1:],
-                     self.cache, real[:, -1:])
+    def at(self, some: slice) -> "Ticks":
+        """Those of some of the T positions."""
+        return Ticks(*(x[:, some] for x in self[:3]), None, self.delta_alpha[:, some],
+                     self.delta_beta[:, some], self.cache, self.real[:, some])
 
 
 @torch.no_grad()
@@ -985,6 +984,32 @@ class NanoCTM(nn.Module):
         loss, nats = self.reading_loss(chosen, target, w / w.sum(),
                                        None if teacher is None else teacher[where])
         return loss, {"nats": nats[:, -1].mean().item(), "read_tick": read.float().mean().item()}
+
+    def sparse_tick_loss(self, ticks: Ticks, targets: Tensor, weight: Tensor, every: int,
+                         teacher: Tensor | None = None) -> tuple[Tensor, dict[str, float], Thought]:
+        """`tick_loss` ("any") in the mean, for less: of so many tokens one is asked how certain each
+        tick is and learns at the most certain, the others at a tick by chance, none at two.
+
+        every: 2 or more; which column is the first is drawn. -> loss and report as there, of those
+        asked alone, and the thought about these, (B, T / every).
+        """
+        T, K = ticks.out.shape[1:3]
+        first = int(torch.randint(min(every, T), ()))
+        asked = slice(first, None, every)
+        thought = self.measure(ticks.at(asked), targets[:, asked])
+        tick = torch.randint(K, targets.shape).to(targets.device)
+        tick[:, asked] = thought.read_tick
+        share = torch.full((T,), every / (every - 1), device=weight.device) / 2
+        share[asked] = every / 2
+        where = weight > 0
+        loss, _ = self.reading_loss((ticks.h + at_tick(ticks.out, tick))[where][:, None],
+                                    targets[where], (weight * share)[where] / weight[where].sum(),
+                                    None if teacher is None else teacher[where])
+        learned = where[:, asked]
+        report = {} if not learned.any() else {
+            "nats": thought.nats[learned].mean().item(),
+            "read_tick": thought.read_tick[learned].float().mean().item()}
+        return loss, report, thought
 
 
 HEAD_ENTRIES = {"cpu": 2**18, "cuda": 2**26}        # logits held at once

@@ -93,6 +93,8 @@ beta2 = 0.95
 clip = 1.0                  # norm of the gradient at most
 input_ridge = 0.0           # linear maps learn where what they read is white; 0: as it is
 other_tick = "any"          # tick loss, beside the most certain tick: "any" by chance, or "best"
+ask_every = 1               # mixture: of so many tokens one is asked how certain each tick is, and
+                            # learns at the most certain, the others at one by chance; 1: each at both
 full_share = 1.0            # of steps: they think K ticks; in phase 3 they tell and ask as well
 brief_ticks = 0             # of the others, about every token; 0: K, as thinking_share says
 thinking_share = 1.0        # share of a row that thinks at a step; the block costs that much less
@@ -338,13 +340,17 @@ def mixture_loss(model: NanoCTM, batch: Batch, step: int
     if where is not None:
         u = take(u, where)
         weight, following = weight.gather(1, where), following.gather(1, where)
-    thought = None if imitating else model.measure(ticks, following)
     if imitating:
-        loss, report = imitation_loss(model, ticks, u), {}
+        loss, report, thought = imitation_loss(model, ticks, u), {}, None
     else:
         with torch.no_grad():
             taught = ticks.h + model.backbone.layers[-1].mlp(u) if teacher else None
-        loss, report = model.tick_loss(thought, following, weight, other_tick, taught)
+        if ask_every > 1:
+            loss, report, thought = model.sparse_tick_loss(ticks, following, weight, ask_every,
+                                                           taught)
+        else:
+            thought = model.measure(ticks, following)
+            loss, report = model.tick_loss(thought, following, weight, other_tick, taught)
     if not brief:
         report["y_out"] = mean_and_square(ticks)
     return loss, report, thought
@@ -1020,9 +1026,12 @@ def check_settings() -> None:
         if globals()[name] not in choice:
             raise ValueError(f"expected {name} {choice[0]!r} or {choice[1]!r}, "
                              f"found {globals()[name]!r}: choose one of the two")
-    for name in ("B", "T", "accumulation", "ticks", "history", "log_interval", "eval_interval",
-                 "eval_rows", "eval_questions", "crowd_facts", "chunk", "cut_contexts",
-                 "carry_rows", "moment_batches"):
+    if ask_every > 1 and other_tick == "best":
+        raise ValueError(f"expected other_tick 'any' with ask_every, found 'best' with {ask_every}: "
+                         "which tick is best only asking each tells")
+    for name in ("B", "T", "accumulation", "ask_every", "ticks", "history", "log_interval",
+                 "eval_interval", "eval_rows", "eval_questions", "crowd_facts", "chunk",
+                 "cut_contexts", "carry_rows", "moment_batches"):
         if globals()[name] < 1:
             raise ValueError(f"expected {name} of at least 1, found {globals()[name]}: raise it")
     for name in ("max_steps", "stop_at", "imitation_steps", "expand", "train_expand",

@@ -3,7 +3,7 @@ first imitation of an FFN, then the tick loss.
 
     torchrun --nproc_per_node=2 train.py config/tiny_phase2.py
     torchrun --nproc_per_node=2 train.py config/tiny_phase2.py \
-        --block=ffn --teacher=False --ffn= --imitation_steps=0 --max_steps=6650 \
+        --block=ffn --teacher=False --ffn= --imitation_steps=0 --max_steps=6220 \
         --lr=2e-3 --min_lr=1e-4 --out_dir=out/tiny_ffn  # before it: the control, its teacher
 """
 phase = 2
@@ -20,6 +20,7 @@ sync = 768
 nlm_hidden = 4
 unet_step = 64
 block_head_dim = 64
+ask_every = 2
 thinking_share = 0.75       # 192 of 256
 max_steps = 1400
 teacher = True              # the text, and what this FFN would say, half and half

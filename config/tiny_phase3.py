@@ -18,6 +18,7 @@ sync = 768
 nlm_hidden = 4
 unet_step = 64
 block_head_dim = 64
+ask_every = 2
 thinking_share = 0.75
 full_share = 0.6            # the others are of text and chat alone
 carry_share = 0.125

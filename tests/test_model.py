@@ -401,6 +401,39 @@ def test_a_tick_by_chance_stands_for_the_mean_over_ticks():
             and drawn.std() > 0)
 
 
+@pytest.mark.parametrize("every", (2, 3))
+def test_a_sparse_tick_loss_is_the_same_in_the_mean_and_so_is_its_gradient(every):
+    model = randomised("more pairs than neurons").requires_grad_(True)
+    tokens, weight = some_tokens(model, 2, 12), torch.rand(2, 12)
+    weight[:, -1] = 0
+    following, learning = tokens.roll(-1, 1), [model.ctm.c_proj.weight, model.ctm.q_proj.weight]
+
+    def mean(draw, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard error over draws of a loss and of its gradient, along themselves."""
+        drawn = []
+        for _ in range(number):
+            loss = draw()
+            drawn.append(torch.cat([loss.detach()[None], *map(torch.flatten, torch.autograd.grad(
+                loss, learning))]))
+        drawn = torch.stack(drawn)
+        return drawn.mean(0), drawn.std(0) / number ** 0.5
+
+    dense, of_dense = mean(lambda: model.tick_loss(model(tokens), following, weight)[0], 100)
+    sparse, of_sparse = mean(lambda: model.sparse_tick_loss(
+        model.ticks(*model.trunk(tokens)), following, weight, every)[0], 200)
+    off = (sparse - dense) / torch.sqrt(of_dense ** 2 + of_sparse ** 2)
+    assert off[0].abs() < 4 and 0 < off.std() < 1.3 and (of_sparse > 0).all()   # standard errors
+
+    teacher = torch.randn(2, 12, model.backbone.config.hidden_size)
+    _, report, thought = model.sparse_tick_loss(model.ticks(*model.trunk(tokens)), following, weight,
+                                                every, teacher)
+    whole = model(tokens)
+    first = next(i for i in range(every) if torch.equal(thought.hidden, whole.hidden[:, i::every]))
+    same(thought.key, whole.key[:, first::every])
+    assert report["nats"] == pytest.approx(
+        whole.nats[:, first::every][weight[:, first::every] > 0].mean().item(), abs=1e-5)
+
+
 def test_memory_of_logits_is_bounded_and_the_pieces_agree(monkeypatch):
     import model as module
     model = randomised("grouped queries")

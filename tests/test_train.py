@@ -93,8 +93,9 @@ def test_phase_2_resumes_bit_for_bit_and_touches_nothing_but_the_block(grafted):
             and {"loss", "nats", "val", "recall_8"} <= log[-1].keys())
 
 
-def test_a_brief_step_thinks_a_few_ticks_about_every_token(model, monkeypatch):
-    for name, value in (("phase", 2), ("brief_ticks", 2), ("full_share", 0.25),
+@pytest.mark.parametrize("every", (1, 2))
+def test_a_brief_step_thinks_a_few_ticks_about_every_token(model, monkeypatch, every):
+    for name, value in (("phase", 2), ("ask_every", every), ("brief_ticks", 2), ("full_share", 0.25),
                         ("thinking_share", 0.5), ("inherited_share", 0.0)):
         monkeypatch.setattr(training, name, value)
     assert [training.is_brief(step) for step in range(8)] == [True, True, True, False] * 2
@@ -103,7 +104,7 @@ def test_a_brief_step_thinks_a_few_ticks_about_every_token(model, monkeypatch):
     for step, shape in ((2, (2, 8, 2)), (3, (2, 4, K))):
         loss, report, thought = training.mixture_loss(
             model, (tokens, (torch.arange(8) < 7).float().expand(2, -1), tokens), step)
-        assert thought.hidden.shape[:3] == shape and loss.isfinite()
+        assert thought.hidden.shape[:3] == (2, shape[1] // every, shape[2]) and loss.isfinite()
         assert ("y_out" in report) == (shape[2] == K)               # a baseline is of all ticks
     monkeypatch.setattr(training, "brief_ticks", 0)
     assert not any(map(training.is_brief, range(8)))
@@ -169,7 +170,7 @@ def test_what_varies_little_is_learned_as_fast_when_steps_are_whitened():
 @pytest.mark.parametrize("phase", ["phase2", "phase3"])
 def test_two_processes_take_the_same_steps_together(grafted, phase):
     world, out = grafted, f"two {phase}"
-    run = globals()[phase](world, out, "--input_ridge=0.01", processes=2)
+    run = globals()[phase](world, out, "--input_ridge=0.01", "--ask_every=2", processes=2)
     assert run.returncode == 0, run.stderr
     assert not same_files(world / out / "last/graft.safetensors",
                           world / "g1/last/graft.safetensors")
@@ -191,7 +192,7 @@ def test_phase_3_resumes_bit_for_bit_and_learns_what_memory_needs(grafted, monke
     world = grafted
     for out, extra in (("m1", []), ("m2", ["--stop_at=4"]), ("m2", ["--resume"])):
         run = phase3(world, out, "--document_write=True", "--brief_ticks=2", "--full_share=0.5",
-                     "--text_cost=0.01", "--input_ridge=0.01", *extra)
+                     "--text_cost=0.01", "--input_ridge=0.01", "--ask_every=3", *extra)
         assert run.returncode == 0, run.stderr
     for name in ("graft.safetensors", "optimizer.safetensors"):
         assert same_files(world / "m1/last" / name, world / "m2/last" / name)
@@ -500,6 +501,8 @@ BAD = [("--base=nowhere/at/all/x", "expected a Qwen3 folder or a reachable Huggi
        ("--keep_before=1", "expected keep_before of 0 to below 1"),
        ("--keep_due=1", "expected keep_due of 0, or above in phase 3"),
        ("--text_cost=-1", "expected text_cost of 0 to below 1"),
+       ("--ask_every=0", "expected ask_every of at least 1"),
+       ("--ask_every=2 --other_tick=best", "expected other_tick 'any' with ask_every"),
        ("--brief_ticks=99", "expected brief_ticks of 0 to"),
        ("--full_share=0", "expected full_share above 0 and at most 1"),
        ("--thinking_share=2", "expected thinking_share above 0 and at most 1"),
