@@ -682,7 +682,7 @@ class Mixture:
                              "set text_share=1.0")
         self.tokenizer, self.text, self.T, self.seed, self.split = tokenizer, text, T, seed, split
         self.text_share, self.told_share, self.curriculum = text_share, told_share, curriculum
-        self.encode = lru_cache(2**18)(tokenizer.encode)            # the same pieces come again
+        self.encode = lru_cache(2**16)(tokenizer.encode)            # the same pieces come again
         self.lexicon = (lexicon(tokenizer.decode(text[:1_000_000].tolist()))
                         if split == "train" and text_share < 1 else None)
 

@@ -533,7 +533,7 @@ class CTMBlock(nn.Module):
         a, z = self.think(mixed, s.z, *s.trace[1:])
 
         def paired(sync: Sync) -> Tensor:
-            return sync.pair(z).view(*u.shape[:2], -1)
+            return sync.pair(z).view(*u.shape[:2], self.config.sync)
         return TickState(z, (*s.trace[1:], a),
                          self.sync_out.r() * s.alpha_out + paired(self.sync_out),
                          self.sync_act.r() * s.alpha_act + paired(self.sync_act),
@@ -724,8 +724,9 @@ def mean_and_square(ticks: Ticks) -> Tensor:
     """(2, K, S): mean of y_out over real tokens and of its square, for CTMBlock.settle."""
     share = (ticks.real / ticks.real.sum()).flatten()
     flat = [y.flatten(0, 1) for y in ticks.y_out]
-    return torch.stack([torch.stack([share @ y for y in flat]),
-                        torch.stack([share @ y.square() for y in flat])])
+    with torch.autocast(share.device.type, enabled=False):          # their difference is a variance
+        return torch.stack([torch.stack([share @ y for y in flat]),
+                            torch.stack([share @ y.square() for y in flat])])
 
 
 def successors(tokens: Tensor) -> Tensor:

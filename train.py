@@ -665,8 +665,9 @@ def remembered(model: NanoCTM, lived: Lived, following: torch.Tensor,
                known: torch.Tensor) -> torch.Tensor:
     """What was lived (B, n), as one memory W_m (D, F), with gradients."""
     keys, values, salient = telling(model, lived, following, known)
-    reader = written(model.ctm, model.ctm.features(keys), salient)
-    return reader.said(values).T @ reader.toward.T
+    with torch.autocast(keys.device.type, enabled=False):           # solving is no affair of bf16
+        reader = written(model.ctm, model.ctm.features(keys.float()), salient.float())
+        return reader.said(values.float()).T @ reader.toward.T
 
 
 def locality_loss(model: NanoCTM, hidden: torch.Tensor, aid: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ import train as training
 from conftest import randomised, same, some_tokens
 from memory import Lived, prediction_error
 from model import (BackboneConfig, Cache, CTMBlock, NanoCTM, ThoughtConfig, flops_per_token,
-                   load_graft, successors, symmetric)
+                   load_graft, mean_and_square, successors, symmetric)
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--hidden_size=32 --intermediate_size=48 --num_hidden_layers=2 --num_attention_heads=2 "
@@ -250,6 +250,18 @@ def test_memories_solved_side_by_side_are_those_solved_apart(minds):
         assert torch.allclose(together.reads(keys[:3])[:, mind == one] @ values[mind == one],
                               keys[:3] @ W.T, atol=1e-4)
     assert training.participation_ratio(torch.eye(24)[:7]) == pytest.approx(7)
+
+
+def test_what_is_solved_or_subtracted_is_no_affair_of_bf16(model, monkeypatch):
+    S, D = model.ctm.config.sync, model.backbone.config.hidden_size
+    factors = torch.nn.functional.normalize(torch.randn(9, S)), torch.randn(9, D), torch.rand(9)
+    monkeypatch.setattr(training, "telling", lambda *_: factors)
+    ticks = model.ticks(*model.trunk(some_tokens(model, 2, 9)))
+    plain, autocast = [], []
+    for found, low in ((plain, False), (autocast, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            found += [training.remembered(model, None, None, None), mean_and_square(ticks)]
+    assert all(map(torch.equal, plain, autocast))
 
 
 def test_life_writes_as_long_as_training_did_in_the_middle(model):
