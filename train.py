@@ -1098,9 +1098,10 @@ class Material(torch.utils.data.Dataset):
         shares = (() if phase < 3 else
                   (carry_facts, episode_facts - carry_facts + crowd_facts)
                   if share_of_steps(carry_share, key[0]) else (episode_facts, crowd_facts))
-        size = random.Random(f"{seed}/size/{i}").choice(data.EPISODE_SIZES)
+        sizes = random.Random(f"{seed}/sizes/{i}").choices(data.EPISODE_SIZES, k=len(shares))
         return (self.mixture.batch(B, *key),
-                *(self.mixture.episodes(n, *key, part, size=size) for part, n in enumerate(shares)))
+                *(self.mixture.episodes(n, *key, part, size=size)
+                  for part, (n, size) in enumerate(zip(shares, sizes))))
 
 
 def material(mixture: data.Mixture, rank: int, steps: range) -> Iterator[list]:

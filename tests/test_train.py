@@ -456,14 +456,16 @@ def test_a_read_out_that_learns_alone_learns_from_text(monkeypatch):
 
 
 def test_processes_of_a_step_tell_in_sessions_of_one_size(monkeypatch):
-    """Or the quicker one waits for the other. Other steps have other sizes; who is told differs."""
+    """Or the quicker one waits for the other. Other steps have other sizes, as has the crowd; who is
+    told differs."""
     words = data.Tokenizer(str(ROOT / "weights"))
     text = np.array(words.encode(topics["pass"] * 9), "uint16")
     mixture = data.Mixture(words, text, 128, 1.0, 0.15, 1)
     monkeypatch.setattr(training, "phase", 3)
     first, second = (training.Material(mixture, rank) for rank in (0, 1))
-    rows = [len(first[step][1][0]) for step in range(8)]
+    rows, crowd = ([len(first[step][part][0]) for step in range(8)] for part in (1, 2))
     assert rows == [len(second[step][1][0]) for step in range(8)] and len(set(rows)) > 1
+    assert crowd == [len(second[step][2][0]) for step in range(8)] and crowd != rows
     assert not np.array_equal(first[0][1][0], second[0][1][0])
 
 
