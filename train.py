@@ -321,8 +321,8 @@ Batch = tuple[torch.Tensor, ...]
 def mixture_loss(model: NanoCTM, batch: Batch, step: int
                  ) -> tuple[torch.Tensor, dict, Thought | None]:
     """Loss of one micro-batch, a report (nats of the tick read, its mean index, and where all K
-    ticks think mean and mean square of y_out (2, K, S)), and the thought; None while it imitates
-    and without the block."""
+    ticks think mean and mean square of y_out (2, K, S)), and the thought, with ask_every of those
+    asked; None while it imitates and without the block."""
     tokens, weight, before = batch
     trunk, following = model.trunk(tokens), successors(tokens)
     if model.ctm is None:                                           # one tick: nothing to choose
